@@ -1,0 +1,58 @@
+package layer
+
+// Whiteouts is how a tree on disk says "deleted below".
+type Whiteouts int
+
+// The encodings of a storage tree. A layer tar always has OCI's `.wh.` names.
+const (
+	// WhiteoutsNone: the tree is complete in itself; a whiteout that is applied
+	// removes what it names.
+	WhiteoutsNone Whiteouts = iota
+	// WhiteoutsTrusted: overlayfs, 0/0 character devices and trusted.overlay.opaque.
+	WhiteoutsTrusted
+	// WhiteoutsUser: overlayfs mounted with userxattr: 0/0 devices where mknod
+	// works, else xattr whiteouts, and user.overlay.opaque.
+	WhiteoutsUser
+)
+
+// Limits bound what an archive may ask for. The zero value of each field means
+// the default named beside it; -1 means no limit. A refusal names the entry.
+type Limits struct {
+	Entries   int64 // entries in one layer: 4,000,000
+	Depth     int   // path components: 1,024
+	PathBytes int   // length of a path: 4,096 * 4
+	FileSize  int64 // apparent size of one file: 8 TiB
+	Size      int64 // uncompressed bytes of one layer: 1 TiB
+	XattrSize int   // bytes of one xattr value: 65,536
+	Xattrs    int   // xattrs of one entry: 256
+	PAXBytes  int   // bytes of one entry's PAX records: 1 MiB
+}
+
+// ApplyOptions say how a layer is unpacked. The zero value unpacks onto a
+// complete tree and flushes it.
+type ApplyOptions struct {
+	// Whiteouts is the encoding that the target tree uses.
+	Whiteouts Whiteouts
+	// Lower is the directory of the merged tree below the target, where the
+	// target alone is not the whole tree (an overlay upper); "" if none. It is
+	// only read: to resolve symlinks, and for the metadata of directories that
+	// the archive passes through without naming them. A path like
+	// /proc/self/fd/N is right for a detached mount.
+	Lower string
+	// Volatile skips flushing.
+	Volatile bool
+	// Limits bound the archive.
+	Limits Limits
+	// Listing receives an entry for each path the layer leaves behind, for the
+	// tree digest; nil for none. See ListingWriter.
+	Listing *ListingWriter
+	// Progress, if not nil, is told the uncompressed bytes read so far.
+	Progress func(bytes int64)
+	// Skipped, if not nil, is told each entry that could not be stored and was
+	// left out (a device node in a user namespace), with the reason; if nil such
+	// an entry is an error.
+	Skipped func(path, reason string)
+	// OverrideStat keeps owner and mode that this process may not set in the
+	// xattr user.containers.override_stat instead of failing.
+	OverrideStat bool
+}
