@@ -173,6 +173,7 @@ type Capabilities struct {
 	Quota   bool // CreateOptions.Quota works on this file system
 	IDMap   bool // CreateOptions.IDMap works on this file system
 	Reflink bool // copies share blocks
+	Copies  bool // a layer holds its parents' files, too (native): Usage counts them
 
 	UsageBytes  bool // Usage.Bytes is never -1
 	UsageInodes bool // Usage.Inodes is never -1
