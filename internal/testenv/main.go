@@ -1,0 +1,177 @@
+// Package testenv gives tests that need a kernel what they need: a private
+// mount namespace, file systems on loop files, skips that are counted, and
+// checks that nothing is left behind.
+//
+// # Life cycle
+//
+// A package whose tests mount has
+//
+//	func TestMain(m *testing.M) { testenv.Main(m) }
+//
+// As root, Main runs the test binary a second time in a mount namespace of its
+// own in which nothing propagates to the host; the first process only waits,
+// passes signals on and at last removes the scratch directory, so that a test
+// that dies leaves neither a mount nor a loop device nor a file. Not root, it
+// runs the tests where it is. After the tests it checks that no mount, loop
+// device, descriptor or child process is left.
+//
+// # Skips
+//
+// Skip is for what a complete machine has (root, loop devices, FUSE): with
+// LAYERCTL_EXPECT=root in the environment it fails the test instead. Optional is
+// for what no machine needs to have. Main prints how many tests skipped, by
+// reason.
+//
+// # Traps
+//
+// Leaks compares what the whole process holds: a test that runs in parallel
+// with others must not use it. Call it first, so that it looks last.
+package testenv
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+const (
+	// envHostNS is the mount namespace that the first process ran in: whoever
+	// finds itself in another one is in the private one.
+	envHostNS  = "LAYERCTL_TESTENV_HOST"
+	envScratch = "LAYERCTL_TESTENV_SCRATCH"
+	envExpect  = "LAYERCTL_EXPECT"
+)
+
+// Main is the body of TestMain. It does not return.
+func Main(m *testing.M) {
+	if os.Getuid() == 0 && !inPrivateNS() {
+		os.Exit(rerun())
+	}
+	os.Exit(run(m))
+}
+
+func mountNS() string {
+	ns, _ := os.Readlink("/proc/self/ns/mnt")
+	return ns
+}
+
+func inPrivateNS() bool {
+	host := os.Getenv(envHostNS)
+	return host != "" && host != mountNS()
+}
+
+// rerun runs this test binary in a private mount namespace and returns its exit
+// code. A whole new process, because a mount namespace belongs to a thread and a
+// Go program does not choose its threads.
+func rerun() int {
+	runtime.LockOSThread() // Pdeathsig is about the thread, not the process
+	scratch, err := makeScratch()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "testenv:", err)
+		return 2
+	}
+	defer os.RemoveAll(scratch)
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), envHostNS+"="+mountNS(), envScratch+"="+scratch)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	if err := cmd.Start(); err != nil {
+		fmt.Fprintln(os.Stderr, "testenv: private mount namespace:", err)
+		return 2
+	}
+	stop := passSignals(cmd.Process)
+	defer stop()
+	_ = cmd.Wait() // the state below says it
+	if code := cmd.ProcessState.ExitCode(); code >= 0 {
+		return code
+	}
+	fmt.Fprintln(os.Stderr, "testenv: test process:", cmd.ProcessState)
+	return 2
+}
+
+func passSignals(p *os.Process) (stop func()) {
+	c := make(chan os.Signal, 8)
+	signal.Notify(c, syscall.SIGINT, syscall.SIGTERM, syscall.SIGQUIT, syscall.SIGHUP)
+	go func() {
+		for s := range c {
+			_ = p.Signal(s)
+		}
+	}()
+	return func() { signal.Stop(c); close(c) }
+}
+
+// makeScratch makes a directory with a short name, in memory if there is such
+// a place: overlay tests put many paths into one page.
+func makeScratch() (string, error) {
+	for _, dir := range []string{"/dev/shm", os.TempDir()} {
+		if d, err := os.MkdirTemp(dir, "lt"); err == nil {
+			return d, nil
+		}
+	}
+	return os.MkdirTemp("", "lt")
+}
+
+// run runs the tests here and returns the exit code.
+func run(m *testing.M) int {
+	if inPrivateNS() && os.Getuid() == 0 {
+		if err := sys.Mount("", "/", "", sys.MS_REC|sys.MS_PRIVATE, ""); err != nil {
+			fmt.Fprintln(os.Stderr, "testenv:", err)
+			return 2
+		}
+	}
+	cleanup, err := openScratch()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "testenv:", err)
+		return 2
+	}
+	defer cleanup()
+	before := takeInventory()
+	code := m.Run()
+	printSkips(os.Stdout)
+	if code != 0 {
+		return code
+	}
+	if left := before.leaked(); len(left) > 0 {
+		fmt.Fprintf(os.Stderr, "testenv: the tests left behind:\n\t%s\n", strings.Join(left, "\n\t"))
+		return 1
+	}
+	return 0
+}
+
+// scratch is the directory for loop files and mountpoints; immutable once the
+// tests run.
+var scratch string
+
+func openScratch() (cleanup func(), err error) {
+	if scratch = os.Getenv(envScratch); scratch != "" && inPrivateNS() {
+		return func() {}, nil // the first process removes it
+	}
+	if scratch, err = makeScratch(); err != nil {
+		return nil, err
+	}
+	return func() { os.RemoveAll(scratch) }, nil
+}
+
+// Scratch returns a new directory with a short path (some 20 bytes), in memory
+// where possible, removed at the end of the test.
+func Scratch(t testing.TB) string {
+	t.Helper()
+	d, err := os.MkdirTemp(scratch, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(d); err != nil {
+			t.Errorf("scratch directory: %v", err)
+		}
+	})
+	return d
+}
