@@ -39,6 +39,11 @@ type ApplyOptions struct {
 	// the archive passes through without naming them. A path like
 	// /proc/self/fd/N is right for a detached mount.
 	Lower string
+	// Implied, if not nil, is told at the end each directory that the archive
+	// passed through without naming it and that was made with made-up metadata
+	// because Lower is "" or has no such directory. A driver whose layers may get
+	// their parents later (Capabilities.Rebase) sets these from the parents then.
+	Implied func(path string)
 	// Volatile skips flushing.
 	Volatile bool
 	// Limits bound the archive.
