@@ -28,6 +28,9 @@ type Time struct {
 	Nsec uint32
 }
 
+// TimeOmit leaves a timestamp as it is (Utimes).
+var TimeOmit = Time{Nsec: unix.UTIME_OMIT}
+
 // S_IFMT is the type mask of Stat.Mode; the types have the kernel's spelling.
 const (
 	S_IFMT   = unix.S_IFMT

@@ -18,11 +18,16 @@ func (f *Fd) path(name string) string {
 // Listxattr lists the xattr names of a component below f, not following a
 // symlink; name "" means f itself. A file system without xattrs gives none.
 func (f *Fd) Listxattr(name string) ([]string, error) {
-	call := unix.Llistxattr
-	if name == "" {
-		call = unix.Listxattr // the magic link must be followed
-	}
-	b, err := grow(256, func(b []byte) (int, error) { return call(f.path(name), b) })
+	b, err := grow(256, func(b []byte) (int, error) {
+		if name != "" {
+			return unix.Llistxattr(f.path(name), b)
+		}
+		n, err := unix.Flistxattr(f.n, b)
+		if err == unix.EBADF { // O_PATH: the magic link must be followed
+			n, err = unix.Listxattr(f.ProcPath(), b)
+		}
+		return n, err
+	})
 	if err == unix.EOPNOTSUPP {
 		return nil, nil
 	}
@@ -34,30 +39,45 @@ func (f *Fd) Listxattr(name string) ([]string, error) {
 
 // Getxattr reads one xattr; ENODATA if it is not there.
 func (f *Fd) Getxattr(name, attr string) (string, error) {
-	call := unix.Lgetxattr
-	if name == "" {
-		call = unix.Getxattr
-	}
-	b, err := grow(256, func(b []byte) (int, error) { return call(f.path(name), attr, b) })
+	b, err := grow(256, func(b []byte) (int, error) {
+		if name != "" {
+			return unix.Lgetxattr(f.path(name), attr, b)
+		}
+		n, err := unix.Fgetxattr(f.n, attr, b)
+		if err == unix.EBADF {
+			n, err = unix.Getxattr(f.ProcPath(), attr, b)
+		}
+		return n, err
+	})
 	return string(b), f.err("getxattr "+attr, name, err)
 }
 
 // Setxattr sets one xattr.
 func (f *Fd) Setxattr(name, attr, value string) error {
-	call := unix.Lsetxattr
-	if name == "" {
-		call = unix.Setxattr
-	}
-	return f.err("setxattr "+attr, name, retry(func() error { return call(f.path(name), attr, []byte(value), 0) }))
+	return f.err("setxattr "+attr, name, retry(func() error {
+		if name != "" {
+			return unix.Lsetxattr(f.path(name), attr, []byte(value), 0)
+		}
+		err := unix.Fsetxattr(f.n, attr, []byte(value), 0)
+		if err == unix.EBADF {
+			err = unix.Setxattr(f.ProcPath(), attr, []byte(value), 0)
+		}
+		return err
+	}))
 }
 
 // Removexattr removes one xattr; ENODATA if it is not there.
 func (f *Fd) Removexattr(name, attr string) error {
-	call := unix.Lremovexattr
-	if name == "" {
-		call = unix.Removexattr
-	}
-	return f.err("removexattr "+attr, name, retry(func() error { return call(f.path(name), attr) }))
+	return f.err("removexattr "+attr, name, retry(func() error {
+		if name != "" {
+			return unix.Lremovexattr(f.path(name), attr)
+		}
+		err := unix.Fremovexattr(f.n, attr)
+		if err == unix.EBADF {
+			err = unix.Removexattr(f.ProcPath(), attr)
+		}
+		return err
+	}))
 }
 
 // grow calls read with larger buffers until its answer fits. The kernel's
