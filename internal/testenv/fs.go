@@ -18,6 +18,7 @@ type fsOptions struct {
 	size  int64
 	mkfs  []string
 	mount []string
+	maybe string
 }
 
 // Option changes what FS makes.
@@ -33,6 +34,10 @@ func MkfsArgs(args ...string) Option { return func(o *fsOptions) { o.mkfs = appe
 func MountOptions(opts ...string) Option {
 	return func(o *fsOptions) { o.mount = append(o.mount, opts...) }
 }
+
+// IfKernelHas makes the mount's EINVAL an Optional skip with the reason "the
+// kernel is built without FEATURE": project quota is a build option.
+func IfKernelHas(feature string) Option { return func(o *fsOptions) { o.maybe = feature } }
 
 // mkfs has what each kind's mkfs is called with to be quick and quiet.
 var mkfs = map[string][]string{
@@ -62,7 +67,7 @@ func FS(t testing.TB, kind string, opts ...Option) string {
 		source, release = loopFS(t, kind, dir+".img", o)
 	}
 	defer release()
-	mountFS(t, kind, source, dir, o.mount)
+	mountFS(t, kind, source, dir, o)
 	return dir
 }
 
@@ -95,11 +100,11 @@ func loopFS(t testing.TB, kind, image string, o fsOptions) (device string, relea
 	return loop.Name(), func() { loop.Close() }
 }
 
-func mountFS(t testing.TB, kind, source, dir string, options []string) {
+func mountFS(t testing.TB, kind, source, dir string, o fsOptions) {
 	t.Helper()
 	var flags uintptr
 	var data []string
-	for _, opt := range options {
+	for _, opt := range o.mount {
 		if opt == "ro" {
 			flags |= sys.MS_RDONLY
 		} else {
@@ -109,6 +114,9 @@ func mountFS(t testing.TB, kind, source, dir string, options []string) {
 	err := sys.Mount(source, dir, kind, flags, strings.Join(data, ","))
 	if errors.Is(err, syscall.ENODEV) {
 		Skip(t, "the kernel has no "+kind)
+	}
+	if errors.Is(err, syscall.EINVAL) && o.maybe != "" {
+		Optional(t, "the kernel is built without "+o.maybe)
 	}
 	if err != nil {
 		t.Fatalf("%v (options %q)", err, data)

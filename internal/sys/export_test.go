@@ -1,0 +1,5 @@
+package sys
+
+import "unsafe"
+
+const SizeofDiskQuota = unsafe.Sizeof(fsDiskQuota{})
