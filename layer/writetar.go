@@ -2,9 +2,15 @@ package layer
 
 import (
 	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"hash"
 	"io"
 	"iter"
+	"path"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -21,6 +27,7 @@ type TarOptions struct {
 	// Progress, if not nil, is told the bytes written so far.
 	Progress func(bytes int64)
 	// Listing, if not nil, receives a record of every change in the same pass.
+	// The caller closes it.
 	Listing *ListingWriter
 }
 
@@ -33,7 +40,225 @@ type TarResult struct {
 }
 
 // WriteTar writes a changeset as an uncompressed OCI layer tar, the same bytes
-// for the same changes. It stops at the sequence's first error.
+// for the same changes: entries in the order of the changes, which is that of
+// ComparePaths, ustar headers with PAX records only where needed. It stops at
+// the sequence's first error. A file that grows or shrinks while it is read is
+// an error that wraps ErrAborted, a changeset out of order one that wraps
+// ErrInvalidArgument. After an error what w has is not a whole tar.
 func WriteTar(ctx context.Context, w io.Writer, changes iter.Seq2[Change, error], o TarOptions) (TarResult, error) {
-	return TarResult{}, nil
+	t := tarWriter{
+		ctx: ctx, o: o,
+		out: hashedWriter{w: w, hash: sha256.New(), buf: make([]byte, 0, tarBuffer), progress: o.Progress},
+	}
+	if o.Listing != nil {
+		t.content = sha256.New()
+	}
+	for c, err := range changes {
+		if err != nil {
+			return t.res, err
+		}
+		if err := t.change(&c); err != nil {
+			return t.res, fmt.Errorf("layer: write tar: %s: %w", c.Entry.Path, err)
+		}
+	}
+	t.out.append(zeros[:])
+	if err := t.out.flush(); err != nil {
+		return t.res, fmt.Errorf("layer: write tar: %w", err)
+	}
+	t.res.DiffID = digest.NewDigest(digest.SHA256, t.out.hash)
+	t.res.Size = t.out.size
+	return t.res, nil
+}
+
+// tarBuffer is how much is hashed and written at a time: files are read straight
+// into it, small ones many to a write.
+const tarBuffer = 256 << 10
+
+var zeros [2 * blockSize]byte
+
+type tarWriter struct {
+	ctx     context.Context
+	o       TarOptions
+	out     hashedWriter
+	content hash.Hash // of one file, for the listing; nil for none
+	res     TarResult
+	last    string // path of the change before
+}
+
+func (t *tarWriter) change(c *Change) error {
+	if err := t.ctx.Err(); err != nil {
+		return err
+	}
+	e := &c.Entry
+	if t.last != "" && ComparePaths(t.last, e.Path) >= 0 {
+		return fmt.Errorf("it comes after %s: %w", t.last, errdefs.ErrInvalidArgument)
+	}
+	t.last = e.Path
+	if skip, err := t.refuse(e); skip || err != nil {
+		return err
+	}
+	if c.Kind == Deleted {
+		return t.whiteout(e.Path)
+	}
+	h, err := headerOf(e)
+	if err != nil {
+		return err
+	}
+	if err := t.header(&h); err != nil {
+		return err
+	}
+	var sum digest.Digest
+	if h.flag == tarReg {
+		if sum, err = t.file(c); err != nil {
+			return err
+		}
+	}
+	return t.record(func(l *ListingWriter) error { return l.Add(*e, sum) })
+}
+
+// refuse skips or refuses what a layer cannot carry.
+func (t *tarWriter) refuse(e *Entry) (skip bool, err error) {
+	reason := ""
+	switch {
+	case e.Type == TypeSocket:
+		reason = SkippedSocket
+	case !hasWhiteoutName(e.Path):
+		return false, nil
+	case !t.o.SkipWhiteoutNames:
+		return false, fmt.Errorf("%s: %w", SkippedWhiteoutName, errdefs.ErrInvalidArgument)
+	default:
+		reason = SkippedWhiteoutName
+	}
+	t.res.Skipped++
+	if t.o.Skipped != nil {
+		t.o.Skipped(e.Path, reason)
+	}
+	return true, nil
+}
+
+// whiteout writes a deletion: an empty file with fixed metadata.
+func (t *tarWriter) whiteout(p string) error {
+	if p == "." {
+		return fmt.Errorf("the root cannot be deleted: %w", errdefs.ErrInvalidArgument)
+	}
+	h := tarHeader{name: join(path.Dir(p), WhiteoutPrefix+path.Base(p)), flag: tarReg, mtime: Timespec{Sec: t.o.Epoch}}
+	if err := t.header(&h); err != nil {
+		return err
+	}
+	return t.record(func(l *ListingWriter) error { return l.Delete(p) })
+}
+
+func (t *tarWriter) record(f func(*ListingWriter) error) error {
+	if t.o.Listing == nil {
+		return nil
+	}
+	return f(t.o.Listing)
+}
+
+func (t *tarWriter) header(h *tarHeader) error {
+	t.res.Entries++
+	if room := cap(t.out.buf) - len(t.out.buf); room < 8*blockSize {
+		if err := t.out.flush(); err != nil {
+			return err
+		}
+	}
+	t.out.buf = h.append(t.out.buf)
+	return nil
+}
+
+// file writes the content of a regular file, exactly as many bytes as its header
+// says, and returns its digest where a listing wants it.
+func (t *tarWriter) file(c *Change) (digest.Digest, error) {
+	if t.content != nil {
+		t.content.Reset()
+	}
+	if c.Entry.Size > 0 {
+		if err := t.copy(c); err != nil {
+			return "", err
+		}
+		t.out.append(zeros[:padding(c.Entry.Size)])
+	}
+	if t.content == nil {
+		return "", nil
+	}
+	return digest.NewDigest(digest.SHA256, t.content), nil
+}
+
+func (t *tarWriter) copy(c *Change) error {
+	if c.Open == nil {
+		return fmt.Errorf("a regular file without content: %w", errdefs.ErrInvalidArgument)
+	}
+	r, err := c.Open()
+	if err != nil {
+		return err
+	}
+	err = t.copyFrom(r, c.Entry.Size)
+	return errors.Join(err, r.Close())
+}
+
+func (t *tarWriter) copyFrom(r io.Reader, size int64) error {
+	for left := size; left > 0; {
+		n, err := t.out.readFrom(r, left)
+		if n == 0 && err == io.EOF {
+			return fmt.Errorf("it shrank from %d to %d bytes while it was read: %w", size, size-left, errdefs.ErrAborted)
+		}
+		if err != nil && err != io.EOF {
+			return err
+		}
+		if t.content != nil {
+			t.content.Write(t.out.buf[len(t.out.buf)-n:])
+		}
+		left -= int64(n)
+		if err := t.ctx.Err(); err != nil {
+			return err
+		}
+	}
+	var more [1]byte
+	n, err := io.ReadFull(r, more[:])
+	if n > 0 {
+		return fmt.Errorf("it grew beyond %d bytes while it was read: %w", size, errdefs.ErrAborted)
+	}
+	return notEOF(err)
+}
+
+// hashedWriter gathers what goes to w and hashes it.
+type hashedWriter struct {
+	w        io.Writer
+	hash     hash.Hash
+	buf      []byte
+	size     int64 // bytes flushed
+	progress func(int64)
+}
+
+func (h *hashedWriter) append(p []byte) { h.buf = append(h.buf, p...) }
+
+// readFrom reads once, at most left bytes, to the end of the buffer.
+func (h *hashedWriter) readFrom(r io.Reader, left int64) (int, error) {
+	if cap(h.buf)-len(h.buf) < 4*blockSize {
+		if err := h.flush(); err != nil {
+			return 0, err
+		}
+	}
+	n := len(h.buf)
+	room := int(min(int64(cap(h.buf)-n-2*blockSize), left)) // keeps room for padding and the end
+	got, err := r.Read(h.buf[n : n+room])
+	h.buf = h.buf[:n+got]
+	return got, err
+}
+
+func (h *hashedWriter) flush() error {
+	h.hash.Write(h.buf)
+	n, err := h.w.Write(h.buf)
+	if err == nil && n < len(h.buf) {
+		err = io.ErrShortWrite
+	}
+	h.size += int64(len(h.buf))
+	if cap(h.buf) > 2*tarBuffer { // a header with huge PAX records made it grow
+		h.buf = make([]byte, 0, tarBuffer)
+	}
+	h.buf = h.buf[:0]
+	if h.progress != nil {
+		h.progress(h.size)
+	}
+	return err
 }
