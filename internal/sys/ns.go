@@ -20,6 +20,11 @@ func Unshare(flags int) error {
 	return os.NewSyscallError("unshare", unix.Unshare(flags))
 }
 
+// OnMainThread reports whether the caller runs on the process's first thread,
+// which a Go program cannot end and whose namespaces /proc/self shows. Only a
+// goroutine that is locked to its thread can use the answer.
+func OnMainThread() bool { return unix.Gettid() == unix.Getpid() }
+
 // Setns moves the calling thread into the namespace that f is open on; kind is
 // a CLONE_NEW flag. The rule of Unshare holds.
 func (f *Fd) Setns(kind int) error { return f.err("setns", "", unix.Setns(f.n, kind)) }

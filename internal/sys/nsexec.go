@@ -21,10 +21,12 @@ type NSExec struct {
 	Path string // of the program, in the joined mount namespace
 	Args []string
 	Env  []string
+	// Stdout is the program's standard output; nil means the caller's.
+	Stdout *os.File
 }
 
 // StartIn starts a program in existing namespaces and returns its process, a
-// child of the caller with its standard input, output and error.
+// child of the caller with its standard descriptors.
 //
 // setns(2) refuses a user namespace to a process with threads, and a Go program
 // always has some (kernel/user_namespace.c:userns_install). A child between
@@ -64,11 +66,15 @@ type nsChild struct {
 	dir        *byte // nil: none
 	path       *byte
 	argv, envv []*byte
+	stdout     uintptr // 1: the caller's
 	errfd      uintptr
 }
 
 func newNSChild(o NSExec) (*nsChild, error) {
-	c := &nsChild{}
+	c := &nsChild{stdout: 1}
+	if o.Stdout != nil {
+		c.stdout = o.Stdout.Fd()
+	}
 	for _, f := range o.Namespaces {
 		c.ns = append(c.ns, uintptr(f.Int()))
 	}
@@ -86,10 +92,11 @@ func newNSChild(o NSExec) (*nsChild, error) {
 const (
 	nsStepSetns = iota
 	nsStepChdir
+	nsStepDup
 	nsStepExec
 )
 
-var nsStepNames = [...]string{"setns", "chdir", "execve"}
+var nsStepNames = [...]string{"setns", "chdir", "dup3", "execve"}
 
 // fork makes the child. Like package syscall's own, it calls nothing in the
 // child but bare system calls.
@@ -127,6 +134,12 @@ func (c *nsChild) child() {
 	if c.dir != nil {
 		if _, _, errno = unix.RawSyscall(unix.SYS_CHDIR, uintptr(unsafe.Pointer(c.dir)), 0, 0); errno != 0 {
 			report[0] = nsStepChdir
+			goto fail
+		}
+	}
+	if c.stdout != 1 {
+		if _, _, errno = unix.RawSyscall(unix.SYS_DUP3, c.stdout, 1, 0); errno != 0 {
+			report[0] = nsStepDup
 			goto fail
 		}
 	}

@@ -57,6 +57,9 @@ func (s *Stat) IsWhiteout() bool {
 	return s.Mode&S_IFMT == S_IFCHR && s.RdevMajor == 0 && s.RdevMinor == 0
 }
 
+// IsMountRoot reports whether the file is the root of a mount.
+func (s *Stat) IsMountRoot() bool { return s.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 }
+
 const statxMask = unix.STATX_BASIC_STATS | unix.STATX_BTIME | unix.STATX_MNT_ID
 
 // Stat describes one component below f without following a symlink; name ""

@@ -1,0 +1,211 @@
+package mount
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/internal/kprobe"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+const (
+	// claimWait bounds the wait for another process that is just mounting.
+	claimWait = 5 * time.Second
+	// goneWait bounds the wait for an upper that is in use though no namespace
+	// shows it mounted: most likely a mount that is just going away.
+	goneWait = 2 * time.Second
+)
+
+// claim makes sure that the upper of a writable overlay is in no other mount,
+// and that none is made until release is called.
+func claim(ctx context.Context, l *Layers) (release func(), err error) {
+	if l.Upper == "" {
+		return func() {}, nil
+	}
+	lock, err := lockWork(ctx, l.Work)
+	if err != nil {
+		return nil, err
+	}
+	if err := refuseUsed(ctx, l); err != nil {
+		lock.Close()
+		return nil, err
+	}
+	return func() { lock.Close() }, nil
+}
+
+// lockWork takes an exclusive flock on the workdir itself.
+func lockWork(ctx context.Context, work string) (*sys.Lock, error) {
+	dir, err := sys.OpenDir(work)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	var lock *sys.Lock
+	err = poll(ctx, claimWait, func() (done bool, err error) {
+		lock, err = dir.TryLock(sys.LockExclusive)
+		return !sys.IsLocked(err), err
+	})
+	if sys.IsLocked(err) {
+		return nil, fmt.Errorf("workdir %s is locked: another process is mounting it: %w: %w", work, errdefs.ErrFailedPrecondition, err)
+	}
+	return lock, err
+}
+
+// refuseUsed asks the kernel, and finds out whom to name.
+func refuseUsed(ctx context.Context, l *Layers) error {
+	return poll(ctx, goneWait, func() (done bool, err error) {
+		answer, cause := probeUse(l.Upper, l.Work)
+		if answer == kprobe.No {
+			return true, nil
+		}
+		where, err := findUse(l)
+		switch {
+		case err != nil:
+			return true, err
+		case where != "":
+			return true, inUse(l, "mounted at "+where)
+		case answer == kprobe.Unknown:
+			return true, nil // nobody shows it, and the kernel does not say
+		}
+		return false, fmt.Errorf("%w: %w", inUse(l, "by a mount that no mount namespace shows: one unmounted lazily, or attached nowhere"), cause)
+	})
+}
+
+func inUse(l *Layers, how string) error {
+	return fmt.Errorf("upper %s is in use, %s; a second mount would corrupt it: %w: %w", l.Upper, how, errdefs.ErrFailedPrecondition, syscall.EBUSY)
+}
+
+// poll calls f until it is done, wait is over or ctx ends; it returns f's last
+// error, or ctx's.
+func poll(ctx context.Context, wait time.Duration, f func() (done bool, err error)) error {
+	end := time.Now().Add(wait)
+	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
+		done, err := f()
+		if done || time.Now().After(end) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause):
+		}
+	}
+}
+
+// UpperInUse tells whether an overlay mount, in whatever mount namespace, has
+// upper as its upperdir or work as its workdir, and if one can be found, where
+// it is mounted. Unknown where neither the kernel nor any readable namespace
+// tells. Errors are about the directories.
+func UpperInUse(upper, work string) (a kprobe.Answer, where string, err error) {
+	l := &Layers{Upper: upper, Work: work}
+	a, err = probeUse(upper, work)
+	if a == kprobe.No {
+		return a, "", nil
+	}
+	if errors.Is(err, os.ErrNotExist) {
+		return a, "", withSentinel("mount: upper in use", err)
+	}
+	if where, err = findUse(l); err == nil && where != "" {
+		a = kprobe.Yes
+	}
+	return a, where, err
+}
+
+// probeUse asks the kernel whether upper or work are in use by an overlay: an
+// unattached throw-away overlay has them as lowers, and an upper of its own on
+// an unattached tmpfs. With index=on the kernel answers EBUSY to a lower that is
+// another mount's upper or work (fs/overlayfs/super.c: ovl_get_layers,
+// ovl_report_in_use; seen on 6.18). It reads the directories and writes nothing
+// to them. The mark is on the inode, so the mount's namespace does not matter.
+//
+// overlayfs turns index off by itself where it may not use file handles: in a
+// user namespace, or for lowers on a file system without them. Then no index
+// directory appears in the throw-away work, and the answer is Unknown.
+func probeUse(upper, work string) (kprobe.Answer, error) {
+	scratch, err := detachedTmpfs("u", "w")
+	if err != nil {
+		return kprobe.Unknown, err
+	}
+	defer scratch.Close()
+	p := &plan{
+		fstype: "overlay", source: "layerctl-probe",
+		layers: &Layers{Lowers: []string{upper, work}, Upper: scratch.ProcPath() + "/u", Work: scratch.ProcPath() + "/w"},
+		params: []param{{"index", "on", true}, {"redirect_dir", "off", true}, {"metacopy", "off", true}},
+	}
+	m, err := p.filesystem(p.setLayers)
+	if errors.Is(err, syscall.EBUSY) {
+		return kprobe.Yes, err
+	}
+	if err != nil {
+		return kprobe.Unknown, err
+	}
+	defer m.Close()
+	w, err := sys.OpenDir(scratch.ProcPath() + "/w")
+	if err != nil {
+		return kprobe.Unknown, err
+	}
+	defer w.Close()
+	if _, err := w.Stat("index"); err != nil {
+		return kprobe.Unknown, err
+	}
+	return kprobe.No, nil
+}
+
+// detachedTmpfs makes a tmpfs that is attached nowhere, with directories in it.
+func detachedTmpfs(dirs ...string) (*sys.Fd, error) {
+	p := &plan{fstype: "tmpfs", source: "layerctl-probe", params: []param{{"size", "1m", true}}}
+	m, err := p.plain()
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range dirs {
+		if err := m.Mkdir(d, 0o700); err != nil {
+			m.Close()
+			return nil, err
+		}
+	}
+	return m, nil
+}
+
+// findUse looks for an overlay with the same upper or work in every mount
+// namespace that can be read, and says where it is; "" if there is none.
+func findUse(l *Layers) (where string, err error) {
+	upper, err := sys.StatPath(l.Upper)
+	if err != nil {
+		return "", err
+	}
+	work, err := sys.StatPath(l.Work)
+	if err != nil {
+		return "", err
+	}
+	same := func(root, dir string, s sys.Stat) bool {
+		t, err := sys.StatPath(path.Join(root, dir))
+		return err == nil && dir != "" && t.Dev == s.Dev && t.Ino == s.Ino
+	}
+	err = everyNamespace(func(p process, infos []Info) bool {
+		root := p.dir + "/root"
+		for _, i := range infos {
+			if i.Type != "overlay" {
+				continue
+			}
+			o, err := OverlayLayers(i.Mount())
+			if err != nil || !same(root, o.Upper, upper) && !same(root, o.Work, work) {
+				continue
+			}
+			where = i.Target
+			if p.pid != 0 {
+				where = fmt.Sprintf("%s in the mount namespace of process %d (%s)", i.Target, p.pid, p.comm())
+			}
+			return true
+		}
+		return false
+	})
+	return where, err
+}
