@@ -113,7 +113,7 @@ func passSignals(p *os.Process) (stop func()) {
 func makeScratch() (string, error) {
 	for _, dir := range []string{"/dev/shm", os.TempDir()} {
 		if d, err := os.MkdirTemp(dir, "lt"); err == nil {
-			return d, nil
+			return d, os.Chmod(d, 0o711) // InUserNS gives somebody else a directory inside
 		}
 	}
 	return os.MkdirTemp("", "lt")
