@@ -119,14 +119,16 @@ func (c *Change) String() string {
 // ComparePaths orders paths as a walk meets them: by component, each compared
 // by its bytes, a directory before what is in it, the root "." first. It is the
 // order of every changeset, listing and layer tar.
-func ComparePaths(a, b string) int {
-	if a == b {
-		return 0
-	}
-	if a == "." {
-		return -1
-	}
-	if b == "." {
+func ComparePaths(a, b string) int { return comparePaths(a, b) }
+
+func comparePaths[T ~string | ~[]byte](a, b T) int {
+	if aRoot, bRoot := len(a) == 1 && a[0] == '.', len(b) == 1 && b[0] == '.'; aRoot || bRoot {
+		switch {
+		case aRoot && bRoot:
+			return 0
+		case aRoot:
+			return -1
+		}
 		return 1
 	}
 	n := min(len(a), len(b))
