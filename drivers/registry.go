@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -23,6 +25,21 @@ type Config struct {
 
 // Option documents one driver option.
 type Option struct{ Name, Default, Help string }
+
+// CheckOptions refuses names that are not among known; ErrInvalidArgument names
+// the unknown one and those there are.
+func CheckOptions(known []Option, given map[string]string) error {
+	var names []string
+	for _, o := range known {
+		names = append(names, o.Name)
+	}
+	for _, name := range slices.Sorted(maps.Keys(given)) {
+		if !slices.Contains(names, name) {
+			return fmt.Errorf("option %q: %w (known: %s)", name, errdefs.ErrInvalidArgument, strings.Join(names, ", "))
+		}
+	}
+	return nil
+}
 
 // Probe is what a Factory found out about a directory.
 type Probe struct {
