@@ -214,11 +214,12 @@ func TestUpperOfALazilyUnmountedMountIsRefused(t *testing.T) {
 	if err := All(t.Context(), []Mount{m}, d[0]); err != nil {
 		t.Fatal(err)
 	}
-	_, stop := shell(t, nil, `cd "$1"`, d[0])
+	pid, stop := shell(t, nil, `cd "$1"`, d[0])
 	if err := Unmount(d[0], UnmountOptions{Lazy: true}); err != nil {
 		t.Fatal(err)
 	}
 	refused(t, m, d[1], "no mount namespace shows")
+	refused(t, m, d[1], fmt.Sprintf("perhaps held by %d (sh) cwd", pid))
 	stop()
 	mounted(t, d[1], m)
 }

@@ -74,12 +74,36 @@ func refuseUsed(ctx context.Context, l *Layers) error {
 		case answer == kprobe.Unknown:
 			return true, nil // nobody shows it, and the kernel does not say
 		}
-		return false, fmt.Errorf("%w: %w", inUse(l, "by a mount that no mount namespace shows: one unmounted lazily, or attached nowhere"), cause)
+		how := "by a mount that no mount namespace shows: one unmounted lazily, or attached nowhere"
+		return false, fmt.Errorf("%w: %w", inUse(l, how+strays()), cause)
 	})
 }
 
 func inUse(l *Layers, how string) error {
 	return fmt.Errorf("upper %s is in use, %s; a second mount would corrupt it: %w: %w", l.Upper, how, errdefs.ErrFailedPrecondition, syscall.EBUSY)
+}
+
+// strays names processes with a file on an overlay that their mount namespace
+// does not show: among them is whoever holds a mount that cannot be found.
+func strays() string {
+	for _, p := range processes() {
+		infos, err := listFile(p.dir + "/mountinfo")
+		if err != nil {
+			continue
+		}
+		shown := map[uint64]bool{}
+		for _, i := range infos {
+			shown[uint64(i.ID)] = true
+		}
+		held := p.uses(func(link string, s sys.Stat) bool {
+			fs, err := sys.StatfsPath(link)
+			return !shown[s.MountID] && err == nil && fs.Type == sys.OVERLAYFS_SUPER_MAGIC
+		})
+		if len(held) > 0 {
+			return "; perhaps held by " + held[0].String()
+		}
+	}
+	return ""
 }
 
 // poll calls f until it is done, wait is over or ctx ends; it returns f's last
@@ -118,9 +142,9 @@ func UpperInUse(upper, work string) (a kprobe.Answer, where string, err error) {
 	return a, where, err
 }
 
-// probeUse asks the kernel whether upper or work are in use by an overlay: an
-// unattached throw-away overlay has them as lowers, and an upper of its own on
-// an unattached tmpfs. With index=on the kernel answers EBUSY to a lower that is
+// probeUse asks the kernel whether upper or work are in use by an overlay: a
+// throw-away overlay, never mounted, has them as lowers, and an upper of its own
+// on an unattached tmpfs. With index=on the kernel answers EBUSY to a lower that is
 // another mount's upper or work (fs/overlayfs/super.c: ovl_get_layers,
 // ovl_report_in_use; seen on 6.18). It reads the directories and writes nothing
 // to them. The mark is on the inode, so the mount's namespace does not matter.
@@ -139,14 +163,14 @@ func probeUse(upper, work string) (kprobe.Answer, error) {
 		layers: &Layers{Lowers: []string{upper, work}, Upper: scratch.ProcPath() + "/u", Work: scratch.ProcPath() + "/w"},
 		params: []param{{"index", "on", true}, {"redirect_dir", "off", true}, {"metacopy", "off", true}},
 	}
-	m, err := p.filesystem(p.setLayers)
+	c, err := p.instance(p.setLayers)
 	if errors.Is(err, syscall.EBUSY) {
 		return kprobe.Yes, err
 	}
 	if err != nil {
 		return kprobe.Unknown, err
 	}
-	defer m.Close()
+	defer c.Close()
 	w, err := sys.OpenDir(scratch.ProcPath() + "/w")
 	if err != nil {
 		return kprobe.Unknown, err

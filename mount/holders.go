@@ -107,12 +107,17 @@ func (p process) comm() string {
 	return strings.TrimSuffix(string(b), "\n")
 }
 
-// holds lists the ways in which the process uses mount id. A file counts once
-// per kind, so that a thousand open files are one line.
-func (p process) holds(id uint64) (all []Holder) {
+// holds lists the ways in which the process uses mount id.
+func (p process) holds(id uint64) []Holder {
+	return p.uses(func(_ string, s sys.Stat) bool { return s.MountID == id })
+}
+
+// uses lists the open files and directories of the process that match. One of
+// each kind is enough: a thousand open files are one line.
+func (p process) uses(match func(link string, s sys.Stat) bool) (all []Holder) {
 	add := func(what, link string) bool {
 		s, err := sys.StatPath(link)
-		if err != nil || s.MountID != id {
+		if err != nil || !match(link, s) {
 			return false
 		}
 		file, _ := os.Readlink(link)
@@ -122,10 +127,10 @@ func (p process) holds(id uint64) (all []Holder) {
 	for _, what := range []string{"cwd", "root", "exe"} {
 		add(what, path.Join(p.dir, what))
 	}
-	for dir, what := range map[string]string{"fd": "fd", "map_files": "map"} {
-		entries, _ := os.ReadDir(path.Join(p.dir, dir))
+	for _, kind := range [][2]string{{"fd", "fd"}, {"map_files", "map"}} {
+		entries, _ := os.ReadDir(path.Join(p.dir, kind[0]))
 		for _, e := range entries {
-			if add(what, path.Join(p.dir, dir, e.Name())) {
+			if add(kind[1], path.Join(p.dir, kind[0], e.Name())) {
 				break
 			}
 		}

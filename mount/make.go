@@ -98,9 +98,19 @@ func (p *plan) device() (source string, done func(), err error) {
 	return dev.Name(), func() { dev.Close() }, nil
 }
 
-// filesystem configures and makes a file system of p's type. configure names
-// what is mounted; flags and other options follow.
+// filesystem configures and makes a file system of p's type, attached nowhere.
+// configure names what is mounted; flags and other options follow.
 func (p *plan) filesystem(configure func(*sys.FsContext) error) (*sys.Fd, error) {
+	c, err := p.instance(configure)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return c.Mount(p.attrs)
+}
+
+// instance makes the file system without a mount of it.
+func (p *plan) instance(configure func(*sys.FsContext) error) (*sys.FsContext, error) {
 	c, err := sys.Fsopen(p.fstype)
 	if isOld(err) {
 		return nil, fmt.Errorf("%w: %w", errOldKernel, err)
@@ -108,24 +118,28 @@ func (p *plan) filesystem(configure func(*sys.FsContext) error) (*sys.Fd, error)
 	if err != nil {
 		return nil, err
 	}
-	defer c.Close()
-	if err := configure(c); err != nil {
+	if err := p.configure(c, configure); err != nil {
+		c.Close()
 		return nil, err
+	}
+	return c, nil
+}
+
+func (p *plan) configure(c *sys.FsContext, first func(*sys.FsContext) error) error {
+	if err := first(c); err != nil {
+		return err
 	}
 	for _, w := range p.super {
 		if err := c.SetFlag(w); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	for _, o := range p.params {
 		if err := setParam(c, o); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	if err := c.Create(); err != nil {
-		return nil, err
-	}
-	return c.Mount(p.attrs)
+	return c.Create()
 }
 
 func setParam(c *sys.FsContext, o param) error {

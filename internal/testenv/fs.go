@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/layerctl/layerctl/internal/sys"
 )
@@ -121,10 +122,20 @@ func mountFS(t testing.TB, kind, source, dir string, o fsOptions) {
 	if err != nil {
 		t.Fatalf("%v (options %q)", err, data)
 	}
-	t.Cleanup(func() {
-		if err := sys.Umount(dir, 0); err != nil {
+	t.Cleanup(func() { unmountFS(t, dir) })
+}
+
+// unmountFS waits a little for processes that are just ending.
+func unmountFS(t testing.TB, dir string) {
+	for end := time.Now().Add(settle); ; time.Sleep(10 * time.Millisecond) {
+		err := sys.Umount(dir, 0)
+		if err == nil {
+			return
+		}
+		if !errors.Is(err, syscall.EBUSY) || time.Now().After(end) {
 			t.Errorf("something still uses the test's file system: %v", err)
 			_ = sys.Umount(dir, sys.MNT_DETACH)
+			return
 		}
-	})
+	}
 }
