@@ -46,6 +46,9 @@ func trees(t testing.TB, parent string, base, more []treegen.Op) (a, b, c string
 
 // unpackers are the ways to unpack a layer that must agree.
 var unpackers = map[string]func(context.Context, string, io.Reader) error{
+	"Apply": func(ctx context.Context, dir string, r io.Reader) error {
+		return Apply(ctx, dir, r, ApplyOptions{Volatile: true})
+	},
 	"plain": func(_ context.Context, dir string, r io.Reader) error { return plainApply(dir, r) },
 }
 
