@@ -25,7 +25,8 @@ type Limits struct {
 	Size      int64 // uncompressed bytes of one layer: 1 TiB
 	XattrSize int   // bytes of one xattr value: 65,536
 	Xattrs    int   // xattrs of one entry: 256
-	PAXBytes  int   // bytes of one entry's PAX records: 1 MiB
+	PAXBytes  int   // bytes of one entry's PAX records: 1 MiB, which -1 cannot raise
+	Sparse    int64 // apparent bytes of all sparse entries, whose holes cost an archive nothing: 64 GiB
 }
 
 // ApplyOptions say how a layer is unpacked. The zero value unpacks onto a
@@ -34,10 +35,12 @@ type ApplyOptions struct {
 	// Whiteouts is the encoding that the target tree uses.
 	Whiteouts Whiteouts
 	// Lower is the directory of the merged tree below the target, where the
-	// target alone is not the whole tree (an overlay upper); "" if none. It is
-	// only read: to resolve symlinks, and for the metadata of directories that
-	// the archive passes through without naming them. A path like
-	// /proc/self/fd/N is right for a detached mount.
+	// target alone is not the whole tree (an overlay upper). It is only read: to
+	// resolve symlinks, to know which whiteouts hide something, and for the
+	// metadata of directories that the archive passes through without naming
+	// them. A path like /proc/self/fd/N is right for a detached mount. With "" an
+	// overlay upper keeps every whiteout and opaque marker, as nobody knows what
+	// it will lie on.
 	Lower string
 	// Implied, if not nil, is told at the end each directory that the archive
 	// passed through without naming it and that was made with made-up metadata
@@ -53,10 +56,15 @@ type ApplyOptions struct {
 	Listing *ListingWriter
 	// Progress, if not nil, is told the uncompressed bytes read so far.
 	Progress func(bytes int64)
-	// Skipped, if not nil, is told each entry that could not be stored and was
-	// left out (a device node in a user namespace), with the reason; if nil such
-	// an entry is an error.
+	// Skipped, if not nil, is told each entry, or part of one (an xattr, a
+	// symlink's owner), that could not be stored and was left out (a device node
+	// in a user namespace), with the reason; if nil such an entry is an error. It
+	// is called by one goroutine at a time, not the caller's.
 	Skipped func(path, reason string)
+	// Unterminated takes an archive that ends without its two blocks of zeros;
+	// otherwise only a *BlobReader, which knows the digest, may. Some programs
+	// write none, and a cut at the end of an entry looks the same.
+	Unterminated bool
 	// OverrideStat keeps owner and mode that this process may not set in the
 	// xattr user.containers.override_stat instead of failing.
 	OverrideStat bool

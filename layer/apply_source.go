@@ -1,0 +1,130 @@
+package layer
+
+import (
+	"context"
+	"errors"
+	"io"
+)
+
+// readAhead reads a stream on a goroutine of its own, some blocks ahead of who
+// consumes it, so that decompressing or checking it runs beside parsing.
+type readAhead struct {
+	full chan block
+	free chan []byte
+	stop chan struct{}
+	done chan struct{}
+	cur  []byte // of the block being consumed
+	own  []byte // that block whole, to be given back
+	err  error  // once cur is consumed
+}
+
+type block struct {
+	data []byte
+	err  error
+}
+
+const (
+	aheadBlock  = 256 << 10
+	aheadBlocks = 4
+)
+
+func newReadAhead(r io.Reader) *readAhead {
+	a := &readAhead{
+		full: make(chan block, aheadBlocks), free: make(chan []byte, aheadBlocks),
+		stop: make(chan struct{}), done: make(chan struct{}),
+	}
+	for range aheadBlocks {
+		a.free <- make([]byte, aheadBlock)
+	}
+	go a.fill(r)
+	return a
+}
+
+func (a *readAhead) fill(r io.Reader) {
+	defer close(a.done)
+	for {
+		var buf []byte
+		select {
+		case buf = <-a.free:
+		case <-a.stop:
+			return
+		}
+		n, err := fillBlock(r, buf, a.stop)
+		a.full <- block{buf[:n], err} // never blocks: there are as many places as blocks
+		if err != nil {
+			return
+		}
+	}
+}
+
+// fillBlock reads until buf is full, the stream ends or nobody wants more.
+func fillBlock(r io.Reader, buf []byte, stop <-chan struct{}) (int, error) {
+	n := 0
+	for n < len(buf) {
+		m, err := r.Read(buf[n:])
+		n += m
+		if err != nil {
+			return n, err
+		}
+		select {
+		case <-stop:
+			return n, context.Canceled
+		default:
+		}
+	}
+	return n, nil
+}
+
+// Read implements io.Reader for one goroutine.
+func (a *readAhead) Read(p []byte) (int, error) {
+	for len(a.cur) == 0 {
+		if a.err != nil {
+			return 0, a.err
+		}
+		if a.own != nil {
+			a.free <- a.own[:cap(a.own)]
+			a.own = nil
+		}
+		b := <-a.full
+		a.own, a.cur, a.err = b.data, b.data, b.err
+	}
+	n := copy(p, a.cur)
+	a.cur = a.cur[n:]
+	return n, nil
+}
+
+// close ends the goroutine; it waits for a read of the stream in progress.
+func (a *readAhead) close() {
+	close(a.stop)
+	<-a.done
+}
+
+// meter counts the bytes that the tar reader takes, so that errors can say
+// where, and stops it at a limit or when ctx is done.
+type meter struct {
+	ctx      context.Context
+	r        io.Reader
+	n        int64
+	limit    int64
+	progress func(int64)
+	told     int64
+}
+
+// progressStep is how many bytes lie between two reports of progress.
+const progressStep = 1 << 20
+
+func (m *meter) Read(p []byte) (int, error) {
+	if err := m.ctx.Err(); err != nil {
+		return 0, err
+	}
+	n, err := m.r.Read(p)
+	m.n += int64(n)
+	if m.progress != nil && (m.n-m.told >= progressStep || errors.Is(err, io.EOF)) {
+		m.told = m.n
+		m.progress(m.n)
+	}
+	if lerr := within(m.n, m.limit, "bytes of the layer"); lerr != nil {
+		return n, lerr
+	}
+	return n, err
+}
