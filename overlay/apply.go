@@ -1,0 +1,79 @@
+package overlay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/layer"
+)
+
+// Apply unpacks tar straight into the layer's upper, in overlayfs's encoding. A
+// layer without parents may get them at Commit, so applied.json is written first
+// and says afterwards which directories were made up.
+func (d *Driver) Apply(ctx context.Context, r drivers.Ref, tar io.Reader, o layer.ApplyOptions) error {
+	return drivers.Wrap(driverName, "apply", r.ID, d.apply(ctx, r, tar, o))
+}
+
+func (d *Driver) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o layer.ApplyOptions) error {
+	s, err := d.loadRef(r)
+	if err != nil {
+		return err
+	}
+	if !s.writable() {
+		return fmt.Errorf("is not writable: %w", errdefs.ErrFailedPrecondition)
+	}
+	if !s.about.IDMap.IsZero() {
+		return fmt.Errorf("has an id map, and an archive has container ids: %w", errdefs.ErrNotImplemented)
+	}
+	if err := d.refuseWriters(ctx, r.ID); err != nil {
+		return err
+	}
+	o.Whiteouts = d.whiteouts()
+	if len(r.Parents) == 0 {
+		return d.applyAlone(ctx, r, tar, o)
+	}
+	lower, err := d.chainTree(ctx, r.Parents)
+	if err != nil {
+		return err
+	}
+	defer lower.Close()
+	o.Lower = lower.Path()
+	return layer.Apply(ctx, d.fs(r.ID), tar, o)
+}
+
+// applyAlone applies a layer whose parents are not known.
+func (d *Driver) applyAlone(ctx context.Context, r drivers.Ref, tar io.Reader, o layer.ApplyOptions) error {
+	dir, err := d.openLayer(r.ID)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	var a applied
+	if err := readJSON(dir, appliedFile, &a); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := writeJSON(dir, appliedFile, a, false); err != nil {
+		return err
+	}
+	if err := drivers.Step(ctx, "overlay: apply: marked"); err != nil {
+		return err
+	}
+	caller := o.Implied
+	o.Implied = func(p string) {
+		a.Implied = append(a.Implied, []byte(p))
+		if caller != nil {
+			caller(p)
+		}
+	}
+	o.Lower = ""
+	if err := layer.Apply(ctx, d.fs(r.ID), tar, o); err != nil {
+		return err
+	}
+	return writeJSON(dir, appliedFile, a, !o.Volatile)
+}

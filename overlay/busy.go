@@ -1,0 +1,90 @@
+package overlay
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/kprobe"
+	lmount "github.com/layerctl/layerctl/mount"
+)
+
+// A layer is in use when this mount namespace shows it mounted (mountinfo), or
+// when an overlay anywhere has its upper: the kernel marks the inode, whatever
+// the namespace, and after a lazy unmount too, for as long as a process is
+// inside. A bind mount of a layer without parents is not marked; in another
+// namespace it cannot be seen, and a Remove takes its files away.
+
+// refuseMounted refuses to remove what is mounted.
+func (d *Driver) refuseMounted(ctx context.Context, id drivers.ID) error {
+	if where, err := d.mountedAt(id, func(lmount.Info) bool { return true }); err != nil || where != "" {
+		return inUse(where, err)
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return d.refuseUpper(id)
+}
+
+// refuseWriters refuses to freeze what this namespace shows mounted for writing.
+// A writer elsewhere is Capabilities.SharedWriter's hazard.
+func (d *Driver) refuseWriters(_ context.Context, id drivers.ID) error {
+	where, err := d.mountedAt(id, func(i lmount.Info) bool { return !i.ReadOnly() })
+	if err != nil || where != "" {
+		return inUse(where, err)
+	}
+	return nil
+}
+
+func inUse(where string, err error) error {
+	if err != nil {
+		return err
+	}
+	return fmt.Errorf("is mounted at %s: unmount it first: %w: %w", where, errdefs.ErrFailedPrecondition, syscall.EBUSY)
+}
+
+// mountedAt returns where this mount namespace shows the layer, "" if nowhere.
+func (d *Driver) mountedAt(id drivers.ID, counts func(lmount.Info) bool) (string, error) {
+	infos, err := lmount.List()
+	if err != nil {
+		return "", err
+	}
+	i := slices.IndexFunc(infos, func(i lmount.Info) bool { return counts(i) && d.shows(i, id) })
+	if i < 0 {
+		return "", nil
+	}
+	return infos[i].Target, nil
+}
+
+// shows reports whether a mount is of the layer: by its paths, or for a bind by
+// where in the file system it begins.
+func (d *Driver) shows(i lmount.Info, id drivers.ID) bool {
+	if i.Type == "overlay" {
+		owner, ok := d.Owner([]lmount.Mount{i.Mount()})
+		return ok && owner == id
+	}
+	if d.fsRoot == "" || i.Major != d.major || i.Minor != d.minor {
+		return false
+	}
+	return i.Root == d.fsRoot+"/"+id.String()+"/"+fsDir
+}
+
+// refuseUpper asks the kernel whether an overlay has the layer's upper.
+func (d *Driver) refuseUpper(id drivers.ID) error {
+	s, err := d.load(id)
+	if err != nil || !s.writable() || s.parent() == 0 && !s.applied {
+		return nil // half-made, or never an upper
+	}
+	used, where, err := lmount.UpperInUse(d.fs(id), d.path(id.String(), workDir))
+	if err != nil || used != kprobe.Yes {
+		return nil // the directories are not there, or the kernel does not say
+	}
+	if where == "" {
+		where = "a place that no mount namespace shows (unmounted lazily, a process is still inside)"
+	}
+	return inUse(where, nil)
+}

@@ -1,0 +1,134 @@
+package overlay
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// Commit freezes the layer. Its steps, each repeatable after a crash: fit the
+// layer to parents that it was not made on, store container ids again where it
+// has an id map, flush, measure, write committed.json (the commit point), drop
+// what only an upper needs.
+func (d *Driver) Commit(ctx context.Context, r drivers.Ref, o drivers.CommitOptions) (drivers.Usage, error) {
+	u, err := d.commit(ctx, r, o)
+	return u, drivers.Wrap(driverName, "commit", r.ID, err)
+}
+
+func (d *Driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOptions) (drivers.Usage, error) {
+	var none drivers.Usage
+	dir, err := d.openLayer(r.ID)
+	if err != nil {
+		return none, err
+	}
+	defer dir.Close()
+	s, err := d.load(r.ID)
+	if err != nil {
+		return none, err
+	}
+	if err := d.checkCommit(ctx, s, r); err != nil {
+		return none, err
+	}
+	if err := drivers.Step(ctx, "overlay: commit: checked"); err != nil {
+		return none, err
+	}
+	c, err := d.prepareCommit(ctx, s, r)
+	if err != nil {
+		return none, err
+	}
+	if !o.Volatile {
+		if err := dir.SyncFS(); err != nil {
+			return none, err
+		}
+	}
+	if err := drivers.Step(ctx, "overlay: commit: flushed"); err != nil {
+		return none, err
+	}
+	if err := d.measure(ctx, r.ID, &c); err != nil {
+		return none, err
+	}
+	if err := drivers.Step(ctx, "overlay: commit: measured"); err != nil {
+		return none, err
+	}
+	if err := writeJSON(dir, committedFile, c, !o.Volatile); err != nil {
+		return none, err
+	}
+	d.strip(ctx, dir, s)
+	return drivers.Usage{Bytes: c.Bytes, Inodes: c.Inodes}, nil
+}
+
+// checkCommit refuses what cannot be frozen.
+func (d *Driver) checkCommit(ctx context.Context, s *state, r drivers.Ref) error {
+	switch {
+	case s.committed != nil:
+		return fmt.Errorf("is committed already: %w", errdefs.ErrFailedPrecondition)
+	case s.about.View:
+		return fmt.Errorf("is a view: %w", errdefs.ErrFailedPrecondition)
+	case len(r.Parents) >= maxLowers:
+		return fmt.Errorf("with %d parents it could not be mounted, overlayfs takes %d lowers: squash some: %w",
+			len(r.Parents), maxLowers, errdefs.ErrFailedPrecondition)
+	}
+	var parent drivers.ID
+	if len(r.Parents) > 0 {
+		parent = r.Parents[0]
+	}
+	if s.about.Parent != 0 && s.about.Parent != parent {
+		return fmt.Errorf("was made on %s, not on %s: %w", s.about.Parent, name(parent), errdefs.ErrInvalidArgument)
+	}
+	if err := d.refuseLostVolatile(s); err != nil {
+		return err
+	}
+	return d.refuseWriters(ctx, s.id)
+}
+
+// prepareCommit makes the layer's directory right for its final parents.
+func (d *Driver) prepareCommit(ctx context.Context, s *state, r drivers.Ref) (committed, error) {
+	c := committed{Metacopy: s.about.Metacopy}
+	if len(r.Parents) > 0 {
+		p, err := d.parentState(r)
+		if err != nil {
+			return c, err
+		}
+		c.Parent, c.Metacopy = p.id, c.Metacopy || p.metacopy()
+	}
+	if s.applied {
+		if err := d.rebase(ctx, s, r); err != nil {
+			return c, err
+		}
+	}
+	if err := drivers.Step(ctx, "overlay: commit: rebased"); err != nil {
+		return c, err
+	}
+	return c, d.unshift(ctx, s)
+}
+
+// measure walks the layer for its usage and for files without data.
+func (d *Driver) measure(ctx context.Context, id drivers.ID, c *committed) error {
+	found, err := d.survey(ctx, id, surveyOptions{metacopy: !d.opts.userxattr})
+	if err != nil {
+		return err
+	}
+	c.Bytes, c.Inodes = found.usage.Bytes, found.usage.Inodes
+	c.Metacopy = c.Metacopy || found.metacopy
+	return nil
+}
+
+// strip drops what only a writable layer needs. The layer is committed: what
+// cannot be dropped now goes with Remove.
+func (d *Driver) strip(ctx context.Context, dir *sys.Fd, s *state) {
+	ctx = context.WithoutCancel(ctx)
+	_ = d.unlimit(s.about.Project)
+	if !s.about.IDMap.IsZero() {
+		if fs, err := dir.Openat(fsDir, sys.O_RDONLY|sys.O_DIRECTORY, 0); err == nil {
+			forgetTargets(fs, "")
+			fs.Close()
+		}
+	}
+	for _, n := range []string{workDir, appliedFile, volatileFile} {
+		_ = removeTree(ctx, dir, n)
+	}
+}

@@ -1,0 +1,262 @@
+package overlay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// Create makes the layer under a temporary name and renames it last: a crash
+// before leaves ID.new, which IDs lists and Remove takes.
+func (d *Driver) Create(ctx context.Context, r drivers.Ref, o drivers.CreateOptions) error {
+	err := d.create(ctx, r, o)
+	if err != nil && !errors.Is(err, errdefs.ErrAlreadyExists) {
+		_ = d.removeTree(context.WithoutCancel(ctx), r.ID.String()+newSuffix)
+	}
+	return drivers.Wrap(driverName, "create", r.ID, err)
+}
+
+func (d *Driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOptions) error {
+	if err := d.checkCreate(r, o); err != nil {
+		return err
+	}
+	if err := drivers.Step(ctx, "overlay: create: checked"); err != nil {
+		return err
+	}
+	a := about{View: o.ReadOnly, IDMap: o.IDMap}
+	if len(r.Parents) > 0 {
+		p, err := d.parentState(r)
+		if err != nil {
+			return err
+		}
+		a.Parent, a.Metacopy = p.id, p.metacopy()
+	}
+	tmp := r.ID.String() + newSuffix
+	if err := d.removeTree(ctx, tmp); err != nil { // of a crash
+		return err
+	}
+	if err := d.build(ctx, tmp, r, o, a); err != nil {
+		return err
+	}
+	return d.publish(ctx, tmp, r.ID)
+}
+
+// checkCreate refuses what cannot be, before anything is made.
+func (d *Driver) checkCreate(r drivers.Ref, o drivers.CreateOptions) error {
+	if r.ID == 0 {
+		return fmt.Errorf("layer 0: %w", errdefs.ErrInvalidArgument)
+	}
+	if _, err := os.Lstat(d.path(r.ID.String())); err == nil {
+		return fmt.Errorf("layer %s: %w", r.ID, errdefs.ErrAlreadyExists)
+	}
+	if len(r.Parents) > maxLowers {
+		return fmt.Errorf("%d parents, overlayfs takes %d: %w", len(r.Parents), maxLowers, errdefs.ErrInvalidArgument)
+	}
+	if !o.IDMap.IsZero() && !d.caps.IDMap {
+		return fmt.Errorf("id map: %w: %s", errdefs.ErrInvalidArgument, d.features.Detail(featIDMap))
+	}
+	if o.Quota < 0 {
+		return fmt.Errorf("quota %d: %w", o.Quota, errdefs.ErrInvalidArgument)
+	}
+	if o.Quota > 0 && !d.caps.Quota {
+		return fmt.Errorf("quota: %w: %s", errdefs.ErrInvalidArgument, d.features.Detail(featQuota))
+	}
+	return checkIDMap(o.IDMap)
+}
+
+// parentState loads the nearest parent, which must be committed.
+func (d *Driver) parentState(r drivers.Ref) (*state, error) {
+	p, err := d.load(r.Parents[0])
+	if err != nil {
+		return nil, fmt.Errorf("parent: %w", err)
+	}
+	if p.committed == nil {
+		return nil, fmt.Errorf("parent %s is not committed: %w", p.id, errdefs.ErrFailedPrecondition)
+	}
+	return p, nil
+}
+
+// build makes the layer's directory under a temporary name.
+func (d *Driver) build(ctx context.Context, tmp string, r drivers.Ref, o drivers.CreateOptions, a about) error {
+	root, err := sys.OpenDir(d.root)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if err := root.Mkdir(tmp, 0o711); err != nil {
+		return err
+	}
+	dir, err := root.Openat(tmp, sys.O_RDONLY|sys.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := drivers.Step(ctx, "overlay: create: made"); err != nil {
+		return err
+	}
+	if err := d.buildDirs(dir, o); err != nil {
+		return err
+	}
+	if err := drivers.Step(ctx, "overlay: create: directories"); err != nil {
+		return err
+	}
+	if o.Quota > 0 {
+		if a.Project, err = limitProject(dir, r.ID, o.Quota); err != nil {
+			return err
+		}
+	}
+	if err := d.dressRoot(dir, r, o, a); err != nil {
+		return err
+	}
+	return writeFileJSON(dir, aboutFile, a)
+}
+
+// buildDirs makes fs, and work where there may be an upper.
+func (d *Driver) buildDirs(dir *sys.Fd, o drivers.CreateOptions) error {
+	if err := dir.Mkdir(fsDir, 0o755); err != nil {
+		return err
+	}
+	if o.ReadOnly {
+		return nil
+	}
+	return dir.Mkdir(workDir, 0o711)
+}
+
+// dressRoot makes fs look like the parent's root, whose metadata it hides, or
+// as asked for.
+func (d *Driver) dressRoot(dir *sys.Fd, r drivers.Ref, o drivers.CreateOptions, a about) error {
+	fs, err := dir.Openat(fsDir, sys.O_RDONLY|sys.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer fs.Close()
+	m := a.IDMap
+	if o.ReadOnly {
+		m = drivers.IDMap{} // a view's own directory is a lower, and mapped as such
+	}
+	if len(r.Parents) > 0 {
+		return d.copyRoot(fs, r.Parents[0], m)
+	}
+	owner := drivers.Owner{UID: shift(m.UIDs, 0), GID: shift(m.GIDs, 0)}
+	if o.RootOwner != nil {
+		owner = *o.RootOwner
+	}
+	if err := fs.Chown("", owner.UID, owner.GID); err != nil {
+		return err
+	}
+	return fs.Chmod(0o755) // whatever the umask is
+}
+
+// copyRoot gives fs the metadata of a parent's root, shifted by m.
+func (d *Driver) copyRoot(fs *sys.Fd, parent drivers.ID, m drivers.IDMap) error {
+	from, err := sys.OpenDir(d.fs(parent))
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	return copyMetadata(fs, from, m)
+}
+
+// copyMetadata gives directory to the owner, mode, xattrs and times of from.
+// overlayfs's own xattrs belong to one place in one layer and are not copied.
+func copyMetadata(to, from *sys.Fd, m drivers.IDMap) error {
+	s, err := from.Stat("")
+	if err != nil {
+		return err
+	}
+	if err := to.Chown("", shift(m.UIDs, s.UID), shift(m.GIDs, s.GID)); err != nil {
+		return err
+	}
+	if err := copyXattrs(to, from); err != nil {
+		return err
+	}
+	if err := to.Chmod(s.Mode & 0o7777); err != nil {
+		return err
+	}
+	return to.Utimes("", s.Atime, s.Mtime)
+}
+
+// copyXattrs makes the xattrs of to those of from.
+func copyXattrs(to, from *sys.Fd) error {
+	want, err := layerXattrs(from)
+	if err != nil {
+		return err
+	}
+	have, err := layerXattrs(to)
+	if err != nil {
+		return err
+	}
+	for n := range have {
+		if _, ok := want[n]; !ok {
+			if err := to.Removexattr("", n); err != nil && !isAbsentXattr(err) {
+				return err
+			}
+		}
+	}
+	for n, v := range want {
+		if have[n] == v {
+			continue
+		}
+		if err := to.Setxattr("", n, v); err != nil && n != "security.selinux" { // the policy's to give
+			return err
+		}
+	}
+	return nil
+}
+
+// layerXattrs reads the xattrs that belong to the tree and not to overlayfs.
+func layerXattrs(f *sys.Fd) (map[string]string, error) {
+	names, err := f.Listxattr("")
+	if err != nil {
+		return nil, err
+	}
+	m := map[string]string{}
+	for _, n := range names {
+		if strings.HasPrefix(n, "trusted.overlay.") || strings.HasPrefix(n, "user.overlay.") || strings.HasPrefix(n, "btrfs.") {
+			continue // as layer.ReadEntry
+		}
+		v, err := f.Getxattr("", n)
+		if isAbsentXattr(err) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		m[n] = v
+	}
+	return m, nil
+}
+
+// isAbsentXattr reports whether err says that there is no such xattr here.
+func isAbsentXattr(err error) bool {
+	return errors.Is(err, syscall.ENODATA) || errors.Is(err, syscall.EOPNOTSUPP)
+}
+
+// publish renames the finished directory; the last step.
+func (d *Driver) publish(ctx context.Context, tmp string, id drivers.ID) error {
+	if err := drivers.Step(ctx, "overlay: create: built"); err != nil {
+		return err
+	}
+	root, err := sys.OpenDir(d.root)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if err := root.Rename(tmp, root, id.String(), sys.RENAME_NOREPLACE); err != nil {
+		return err
+	}
+	return nil
+}
+
+// writeFileJSON writes a small file of a directory that nobody sees yet.
+func writeFileJSON(dir *sys.Fd, name string, v any) error {
+	return writeJSON(dir, name, v, false)
+}

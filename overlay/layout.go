@@ -1,0 +1,291 @@
+package overlay
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// Names in ROOT and in a layer's directory; see the package doc. Those in ROOT
+// have a dot, which no ID has.
+const (
+	formatFile = "format.json"
+	emptyDir   = "empty.dir"
+	newSuffix  = ".new"
+	delSuffix  = ".del"
+
+	fsDir         = "fs"
+	workDir       = "work"
+	aboutFile     = "about.json"
+	appliedFile   = "applied.json"
+	volatileFile  = "volatile"
+	committedFile = "committed.json"
+
+	formatVersion = 1
+)
+
+// format is ROOT/format.json.
+type format struct {
+	Format int    `json:"format"`
+	Xattrs string `json:"xattrs"` // "trusted" or "user"
+}
+
+// about is what Create was asked for: ROOT/ID/about.json.
+type about struct {
+	Parent   drivers.ID    `json:"parent,omitempty"` // 0: none
+	View     bool          `json:"view,omitempty"`
+	Metacopy bool          `json:"metacopy,omitempty"` // a layer below has files without data
+	Project  uint32        `json:"project,omitempty"`  // of the quota; 0: none
+	IDMap    drivers.IDMap `json:"idmap,omitzero"`
+}
+
+// committed says that a layer is frozen: ROOT/ID/committed.json.
+type committed struct {
+	Parent   drivers.ID `json:"parent,omitempty"`
+	Metacopy bool       `json:"metacopy,omitempty"` // it or a layer below has files without data
+	Bytes    int64      `json:"bytes"`
+	Inodes   int64      `json:"inodes"`
+}
+
+// applied is what Apply did without knowing parents: ROOT/ID/applied.json.
+type applied struct {
+	Implied [][]byte `json:"implied"` // directories with made-up metadata, parents first; bytes, since a path need not be UTF-8
+}
+
+// state is a layer as it stands on disk.
+type state struct {
+	id        drivers.ID
+	about     about
+	committed *committed // nil: writable, or a view
+	applied   bool       // it was applied without parents, which Commit may still name
+}
+
+// parent returns the layer below: Commit may have given another than Create.
+func (s *state) parent() drivers.ID {
+	if s.committed != nil {
+		return s.committed.Parent
+	}
+	return s.about.Parent
+}
+
+func (s *state) metacopy() bool {
+	return s.about.Metacopy || s.committed != nil && s.committed.Metacopy
+}
+
+func (s *state) writable() bool { return s.committed == nil && !s.about.View }
+
+// path returns a path in ROOT.
+func (d *Driver) path(elem ...string) string {
+	return d.root + "/" + strings.Join(elem, "/")
+}
+
+// fs returns the layer's directory of files.
+func (d *Driver) fs(id drivers.ID) string { return d.path(id.String(), fsDir) }
+
+// load reads a layer's state; ErrNotFound if it is not there.
+func (d *Driver) load(id drivers.ID) (*state, error) {
+	dir, err := d.openLayer(id)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	s := &state{id: id}
+	if err := readJSON(dir, aboutFile, &s.about); err != nil {
+		return nil, fmt.Errorf("layer %s: %w", id, lost(err))
+	}
+	var c committed
+	switch err := readJSON(dir, committedFile, &c); {
+	case err == nil:
+		s.committed = &c
+	case !errors.Is(err, os.ErrNotExist):
+		return nil, fmt.Errorf("layer %s: %w", id, err)
+	}
+	if _, err := dir.Stat(appliedFile); err == nil {
+		s.applied = s.committed == nil
+	}
+	return s, nil
+}
+
+// lost turns an absent file that must be there into ErrDataLoss.
+func lost(err error) error {
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%w: %w (a power cut soon after Create leaves this: remove the layer)", errdefs.ErrDataLoss, err)
+	}
+	return err
+}
+
+// loadRef is load, and checks that the caller's chain is the layer's.
+func (d *Driver) loadRef(r drivers.Ref) (*state, error) {
+	s, err := d.load(r.ID)
+	if err != nil {
+		return nil, err
+	}
+	var parent drivers.ID
+	if len(r.Parents) > 0 {
+		parent = r.Parents[0]
+	}
+	if parent != s.parent() {
+		return nil, fmt.Errorf("layer %s lies on %s, not on %s: %w", r.ID, name(s.parent()), name(parent), errdefs.ErrInvalidArgument)
+	}
+	return s, nil
+}
+
+func name(id drivers.ID) string {
+	if id == 0 {
+		return "nothing"
+	}
+	return id.String()
+}
+
+// openLayer opens ROOT/ID; ErrNotFound if it is not there.
+func (d *Driver) openLayer(id drivers.ID) (*sys.Fd, error) {
+	dir, err := sys.OpenDir(d.path(id.String()))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("layer %s: %w", id, errdefs.ErrNotFound)
+	}
+	return dir, err
+}
+
+// IDs yields every layer on disk, those that Create or Remove left half done
+// too.
+func (d *Driver) IDs(ctx context.Context) iter.Seq2[drivers.ID, error] {
+	return func(yield func(drivers.ID, error) bool) {
+		names, err := d.names()
+		if err != nil {
+			yield(0, fmt.Errorf("overlay: list %s: %w", d.root, err))
+			return
+		}
+		seen := map[drivers.ID]bool{}
+		for _, n := range names {
+			id, ok := parseName(n)
+			if !ok || seen[id] {
+				continue
+			}
+			seen[id] = true
+			if err := ctx.Err(); err != nil {
+				yield(0, err)
+				return
+			}
+			if !yield(id, nil) {
+				return
+			}
+		}
+	}
+}
+
+func (d *Driver) names() ([]string, error) {
+	dir, err := sys.OpenDir(d.root)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	ents, err := dir.ReadDir()
+	names := make([]string, len(ents))
+	for i, e := range ents {
+		names[i] = e.Name
+	}
+	return names, err
+}
+
+// parseName returns the layer that a name in ROOT belongs to, in any state.
+func parseName(n string) (drivers.ID, bool) {
+	if s, ok := strings.CutSuffix(n, newSuffix); ok {
+		n = s
+	} else if s, ok := strings.CutSuffix(n, delSuffix); ok {
+		n = s
+	}
+	return drivers.ParseID(n)
+}
+
+// readJSON reads a small file of a directory.
+func readJSON(dir *sys.Fd, name string, v any) error {
+	f, err := dir.Openat(name, sys.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(f)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(b, v); err != nil {
+		return fmt.Errorf("%s/%s: %w: %w", dir.Name(), name, errdefs.ErrDataLoss, err)
+	}
+	return nil
+}
+
+// writeJSON makes a small file appear whole in a directory: under a temporary
+// name, renamed last. durable flushes the file before and the directory after.
+func writeJSON(dir *sys.Fd, name string, v any, durable bool) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	tmp := name + newSuffix
+	if err := writeFile(dir, tmp, b, durable); err != nil {
+		return err
+	}
+	if err := dir.Rename(tmp, dir, name, 0); err != nil || !durable {
+		return err
+	}
+	return dir.Sync()
+}
+
+func writeFile(dir *sys.Fd, name string, b []byte, durable bool) error {
+	f, err := dir.Openat(name, sys.O_WRONLY|sys.O_CREAT|sys.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(b); err != nil {
+		return err
+	}
+	if !durable {
+		return nil
+	}
+	return f.Sync()
+}
+
+// openFormat reads or makes ROOT/format.json. A store made with the other
+// encoding is refused: its whiteouts would show as devices.
+func openFormat(root, xattrs string) error {
+	dir, err := sys.OpenDir(root)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	var f format
+	err = readJSON(dir, formatFile, &f)
+	if errors.Is(err, os.ErrNotExist) {
+		if err = writeJSON(dir, formatFile, format{formatVersion, xattrs}, false); err == nil {
+			return nil
+		}
+		if errors.Is(err, os.ErrNotExist) { // another process has just renamed our file
+			err = readJSON(dir, formatFile, &f)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	switch {
+	case f.Format > formatVersion:
+		return fmt.Errorf("%s has format %d, this program knows %d: use a newer one: %w",
+			filepath.Join(root, formatFile), f.Format, formatVersion, errdefs.ErrFailedPrecondition)
+	case f.Xattrs != xattrs:
+		return fmt.Errorf("layers in %s have %s.overlay.* xattrs, this process can use %s.overlay.* only "+
+			"(one is for root, the other for a user namespace): use another root: %w",
+			root, f.Xattrs, xattrs, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}

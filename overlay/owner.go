@@ -1,0 +1,88 @@
+package overlay
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/v2/core/mount"
+
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+	lmount "github.com/layerctl/layerctl/mount"
+)
+
+// Owner returns the layer that ms shows: of an overlay that of its upperdir, or
+// else of its nearest lowerdir; of a bind that of its source. Lowers that another program named
+// relative to a directory of its choice cannot be told from another store's.
+func (d *Driver) Owner(ms []mount.Mount) (drivers.ID, bool) {
+	if len(ms) != 1 {
+		return 0, false
+	}
+	m := ms[0]
+	if m.Type != "overlay" {
+		return d.ownerOfPath(m.Source)
+	}
+	l, err := lmount.OverlayLayers(m)
+	if err != nil {
+		return 0, false
+	}
+	if l.Upper != "" {
+		return d.ownerOfPath(l.Upper)
+	}
+	return d.ownerOfPath(l.Lowers[0])
+}
+
+// ownerOfPath returns the layer whose fs directory path is. A path that does not
+// begin with the root may still lead there, through a link or another mount of
+// the file system.
+func (d *Driver) ownerOfPath(path string) (drivers.ID, bool) {
+	layer, ok := strings.CutSuffix(path, "/"+fsDir)
+	if !ok {
+		return 0, false
+	}
+	id, ok := drivers.ParseID(filepath.Base(layer))
+	if !ok {
+		return 0, false
+	}
+	root := filepath.Dir(layer)
+	return id, root == d.root || root == d.real || sameDir(root, d.root)
+}
+
+func sameDir(a, b string) bool {
+	if !filepath.IsAbs(a) {
+		return false
+	}
+	sa, err1 := sys.StatPath(a)
+	sb, err2 := sys.StatPath(b)
+	return err1 == nil && err2 == nil && sa.Dev == sb.Dev && sa.Ino == sb.Ino
+}
+
+// findInFS finds out where in its file system the root is: what the root field of
+// mountinfo says of a bind mount of a layer. It stays empty where that cannot be
+// known.
+func (d *Driver) findInFS() {
+	infos, err := lmount.List()
+	if err != nil {
+		return
+	}
+	best := -1
+	for i, in := range infos { // a later mount at the same place covers an earlier one
+		if within(d.real, in.Target) && (best < 0 || len(in.Target) >= len(infos[best].Target)) {
+			best = i
+		}
+	}
+	if best < 0 {
+		return
+	}
+	in := infos[best]
+	rel, err := filepath.Rel(in.Target, d.real)
+	if err != nil {
+		return
+	}
+	d.fsRoot, d.major, d.minor = filepath.Join(in.Root, rel), in.Major, in.Minor
+}
+
+func within(path, dir string) bool {
+	return dir == "/" || path == dir || strings.HasPrefix(path, dir+string(os.PathSeparator))
+}

@@ -1,0 +1,546 @@
+package overlay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/userns"
+
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/kprobe"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// The features, in the kernel's words.
+const (
+	featOverlay   = "overlay"
+	featUserxattr = "userxattr"
+	featVolatile  = "volatile"
+	featLowerdirs = "lowerdir+"
+	featIDMap     = "id-mapped layers"
+	featReflink   = "FICLONE"
+	featQuota     = "project quota"
+	featDtype     = "d_type"
+	featWhiteout  = "whiteout devices"
+	featXattr     = "xattr"
+	featRename    = "RENAME_WHITEOUT"
+	featTmpfile   = "O_TMPFILE"
+)
+
+// mountOptions are those that an overlay mount may be given here, and the first
+// kernel that has each.
+var mountOptions = []struct{ name, value, since string }{
+	{"index", "off", "4.13"},
+	{"nfs_export", "off", "4.16"},
+	{"metacopy", "off", "4.19"},
+	{"redirect_dir", "follow", "4.15"},
+	{"xino", "off", "4.17"},
+	{featVolatile, "", "5.10"},
+	{featUserxattr, "", "5.11"},
+}
+
+// probePrefix begins the names of scratch directories.
+const probePrefix = "probe."
+
+// features is what was found out about one directory. Immutable.
+type features struct {
+	works     kprobe.Result
+	all       []kprobe.Result
+	fs        sys.FSType
+	userxattr bool // only user.overlay.* can be set here
+	known     map[string]bool
+}
+
+func (f *features) has(name string) bool {
+	for _, r := range f.all {
+		if r.Feature == name {
+			return r.Answer == kprobe.Yes
+		}
+	}
+	return false
+}
+
+// Detail says of a feature why it is not there.
+func (f *features) Detail(name string) string {
+	for _, r := range f.all {
+		if r.Feature == name {
+			return r.String()
+		}
+	}
+	return name + ": not probed"
+}
+
+func (f *features) add(r kprobe.Result) { f.all = append(f.all, r) }
+
+// reason says in words whether and how overlayfs works.
+func (f *features) reason() string {
+	if f.works.Answer != kprobe.Yes {
+		return f.works.Detail
+	}
+	how := "overlay on " + f.fs.String()
+	if f.userxattr {
+		how += " with userxattr"
+	}
+	return how
+}
+
+// supports checks that what the options ask for is there.
+func (f *features) supports(o options) error {
+	for name, wanted := range map[string]bool{"metacopy": o.metacopy == "on", "redirect_dir": o.redirect == "on", featVolatile: o.volatile} {
+		if wanted && !f.known[name] {
+			return fmt.Errorf("option %s: %w: %s", name, errdefs.ErrNotImplemented, f.Detail(name))
+		}
+	}
+	return nil
+}
+
+// Probe tries whether the driver would work in dir: it mounts an overlay that
+// is attached nowhere, and looks at what the kernel writes to its upper.
+func Probe(ctx context.Context, dir string) drivers.Probe {
+	f := probeFeatures(ctx, dir)
+	return drivers.Probe{Works: f.works.Answer, Reason: f.reason(), Features: f.all}
+}
+
+func probeFeatures(ctx context.Context, dir string) features {
+	s, err := newScratch(dir)
+	if err != nil {
+		return features{works: outcome(featOverlay, err, "")}
+	}
+	defer s.remove()
+	p := prober{ctx: ctx, scratch: s}
+	p.f.known = map[string]bool{}
+	p.run()
+	return p.f
+}
+
+// scratch is a directory that a probe works in, locked for as long as it does.
+type scratch struct {
+	parent *sys.Fd
+	path   string
+	name   string
+	dir    *sys.Fd
+	lock   *sys.Lock
+}
+
+func newScratch(dir string) (*scratch, error) {
+	path, err := os.MkdirTemp(dir, probePrefix)
+	if err != nil {
+		return nil, err
+	}
+	s := &scratch{path: path, name: filepath.Base(path)}
+	if s.parent, err = sys.OpenDir(dir); err == nil {
+		if s.dir, err = sys.OpenDir(path); err == nil {
+			s.lock, err = s.dir.TryLock(sys.LockShared)
+		}
+	}
+	if err != nil {
+		s.remove()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *scratch) remove() {
+	if s.parent != nil {
+		_ = removeTree(context.Background(), s.parent, s.name)
+		s.parent.Close()
+	}
+	if s.dir != nil {
+		s.dir.Close()
+	}
+	s.lock.Close()
+}
+
+// mkdir makes a directory in the scratch and returns its path.
+func (s *scratch) mkdir(name string) (string, error) {
+	return filepath.Join(s.path, name), s.dir.Mkdir(name, 0o755)
+}
+
+type prober struct {
+	ctx     context.Context
+	scratch *scratch
+	f       features
+}
+
+// run asks everything; what overlay itself needs first.
+func (p *prober) run() {
+	st, err := p.scratch.dir.Statfs()
+	if err != nil {
+		p.f.works = outcome(featOverlay, err, "")
+		return
+	}
+	p.f.fs = st.Type
+	p.f.add(p.xattr())
+	p.options()
+	p.f.works = p.overlay()
+	p.f.add(p.f.works)
+	p.f.add(p.dtype())
+	p.f.add(p.renameWhiteout())
+	p.f.add(p.tmpfile())
+	p.f.add(p.reflink())
+	if p.f.works.Answer == kprobe.Yes {
+		p.f.add(p.idmap())
+		p.f.add(p.quota())
+	}
+}
+
+// outcome turns an error into an answer: a kernel that lacks something says so
+// by a few errnos, all others say nothing about it.
+func outcome(feature string, err error, since string) kprobe.Result {
+	if err == nil {
+		return kprobe.Result{Feature: feature, Answer: kprobe.Yes}
+	}
+	r := kprobe.Result{Feature: feature, Err: err, Detail: err.Error()}
+	for _, errno := range []syscall.Errno{syscall.EINVAL, syscall.ENOSYS, syscall.ENODEV, syscall.EOPNOTSUPP, syscall.ENOTTY, syscall.EPERM, syscall.EACCES, syscall.EXDEV} {
+		if errors.Is(err, errno) {
+			r.Answer = kprobe.No
+		}
+	}
+	if r.Answer == kprobe.No && since != "" {
+		r.Detail += "; Linux " + since + " has it"
+	}
+	return r
+}
+
+// xattr finds the namespace in which overlayfs's xattrs can be set. A user
+// namespace has no trusted.*, so user.overlay.* takes its place.
+func (p *prober) xattr() kprobe.Result {
+	const probe = "overlay.probe"
+	err := p.scratch.dir.Setxattr("", "trusted."+probe, "y")
+	if err == nil {
+		return kprobe.Result{Feature: featXattr, Answer: kprobe.Yes, Detail: "trusted.overlay.*"}
+	}
+	p.f.userxattr = true
+	if uerr := p.scratch.dir.Setxattr("", "user."+probe, "y"); uerr != nil {
+		return outcome(featXattr, errors.Join(uerr, err), "")
+	}
+	return kprobe.Result{Feature: featXattr, Answer: kprobe.Yes, Detail: "user.overlay.*"}
+}
+
+// options asks for each mount option by configuring an overlay that is never
+// made. Before Linux 6.5 overlayfs checks them only when mounting; what it then
+// has a module parameter for it knows, the rest shows in the mount.
+func (p *prober) options() {
+	c, err := sys.Fsopen("overlay")
+	if err != nil {
+		for _, o := range mountOptions {
+			p.f.add(outcome(o.name, err, "5.2"))
+		}
+		return
+	}
+	defer c.Close()
+	checks := c.SetFlag("no-such-option") != nil
+	for _, o := range mountOptions {
+		r := p.option(c, o.name, o.value, o.since, checks)
+		p.f.known[o.name] = r.Answer == kprobe.Yes
+		p.f.add(r)
+	}
+	p.f.add(p.lowerdirs(c, checks))
+}
+
+func (p *prober) option(c *sys.FsContext, name, value, since string, checks bool) kprobe.Result {
+	if !checks {
+		return legacyOption(name, since)
+	}
+	if value == "" {
+		return outcome(name, c.SetFlag(name), since)
+	}
+	return outcome(name, c.SetString(name, value), since)
+}
+
+// legacyOption looks for the module's parameter; volatile and userxattr have
+// none, and are taken from the kernel's release as a last resort.
+func legacyOption(name, since string) kprobe.Result {
+	param := name
+	if name == "xino" {
+		param = "xino_auto"
+	}
+	if name == featVolatile || name == featUserxattr {
+		return kprobe.Result{Feature: name, Answer: kprobe.Unknown, Detail: "this kernel checks the option only when mounting"}
+	}
+	_, err := os.Stat("/sys/module/overlay/parameters/" + param)
+	if errors.Is(err, os.ErrNotExist) {
+		err = errors.Join(err, syscall.EINVAL)
+	}
+	return outcome(name, err, since)
+}
+
+func (p *prober) lowerdirs(c *sys.FsContext, checks bool) kprobe.Result {
+	if !checks {
+		return kprobe.Result{Feature: featLowerdirs, Answer: kprobe.No, Detail: "Linux 6.8 has it; lowers must fit one page"}
+	}
+	return outcome(featLowerdirs, c.SetString("lowerdir+", p.scratch.path), "6.8")
+}
+
+// overlay mounts one and checks that its upper has what the kernel's
+// documentation says after some changes.
+func (p *prober) overlay() kprobe.Result {
+	if err := p.tryOverlay(); err != nil {
+		r := outcome(featOverlay, err, "")
+		r.Detail = p.explain(err)
+		return r
+	}
+	return kprobe.Result{Feature: featOverlay, Answer: kprobe.Yes, Detail: p.f.reasonWorks()}
+}
+
+func (f *features) reasonWorks() string {
+	return "on " + f.fs.String()
+}
+
+func (p *prober) tryOverlay() error {
+	s := p.scratch
+	lower, err := s.mkdir("lower")
+	if err != nil {
+		return err
+	}
+	if err := os.Mkdir(lower+"/d", 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(lower+"/f", []byte("x"), 0o644); err != nil {
+		return err
+	}
+	pl := plan{lowers: []string{lower}}
+	if pl.upper, err = s.mkdir("upper"); err != nil {
+		return err
+	}
+	if pl.work, err = s.mkdir("work"); err != nil {
+		return err
+	}
+	m, err := p.mount(pl, drivers.IDMap{})
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	return p.exercise(m.path(), pl.upper)
+}
+
+// probeOptions are the driver's defaults with what is known here.
+func (p *prober) probeOptions() options {
+	o, _ := parseOptions(nil)
+	if p.f.userxattr {
+		o, _ = o.inUserNS()
+	}
+	o.known = p.f.known
+	return o
+}
+
+func (p *prober) mount(pl plan, m drivers.IDMap) (*detached, error) {
+	pl.idmap = m
+	return unattached(p.ctx, p.probeOptions().mount(pl), p.scratch.path)
+}
+
+// exercise deletes a lower file and replaces a lower directory.
+func (p *prober) exercise(merged, upper string) error {
+	if err := os.Remove(merged + "/f"); err != nil {
+		return fmt.Errorf("a whiteout cannot be made: %w", err)
+	}
+	if err := os.Remove(merged + "/d"); err != nil {
+		return err
+	}
+	if err := os.Mkdir(merged+"/d", 0o755); err != nil {
+		return fmt.Errorf("an opaque directory cannot be made: %w", err)
+	}
+	up, err := sys.OpenDir(upper)
+	if err != nil {
+		return err
+	}
+	defer up.Close()
+	return p.inspect(up)
+}
+
+func (p *prober) inspect(up *sys.Fd) error {
+	st, err := up.Stat("f")
+	if err != nil {
+		return err
+	}
+	if !st.IsWhiteout() {
+		return fmt.Errorf("the kernel leaves no 0/0 device for a deleted file: %w", errdefs.ErrNotImplemented)
+	}
+	p.f.add(kprobe.Result{Feature: featWhiteout, Answer: kprobe.Yes})
+	attr := "trusted.overlay.opaque"
+	if p.f.userxattr {
+		attr = "user.overlay.opaque"
+	}
+	if v, err := up.Getxattr("d", attr); err != nil || v != "y" {
+		return fmt.Errorf("the kernel leaves no %s on a replaced directory: %w", attr, errors.Join(err, errdefs.ErrNotImplemented))
+	}
+	return nil
+}
+
+// explain says why an overlay cannot be mounted here, and what to do.
+func (p *prober) explain(err error) string {
+	switch {
+	case errors.Is(err, syscall.ENODEV):
+		return "this kernel has no overlayfs (CONFIG_OVERLAY_FS, modprobe overlay): " + err.Error()
+	case (errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EACCES)) && os.Geteuid() != 0:
+		return "mounting needs root or a user namespace: " + err.Error()
+	case errors.Is(err, syscall.EPERM) && userns.RunningInUserNS():
+		return "overlayfs in a user namespace needs Linux 5.11: " + err.Error()
+	case p.unsuitable():
+		return fmt.Sprintf("the directory is on %s, which overlayfs does not take as an upper: "+
+			"put the root on ext4, xfs, btrfs or tmpfs (in a container: on a volume): %s", p.f.fs, err)
+	case errors.Is(err, syscall.EROFS):
+		return "the file system is read-only: " + err.Error()
+	}
+	return err.Error()
+}
+
+// unsuitable reports whether the file system is one that overlayfs never takes
+// as an upper (ovl_dentry_remote, ovl_get_upper in fs/overlayfs/super.c, 6.18).
+func (p *prober) unsuitable() bool {
+	switch p.f.fs {
+	case sys.OVERLAYFS_SUPER_MAGIC, sys.FUSE_SUPER_MAGIC, sys.NFS_SUPER_MAGIC:
+		return true
+	}
+	return false
+}
+
+// dtype: overlayfs needs to tell a whiteout from a file while reading a directory.
+func (p *prober) dtype() kprobe.Result {
+	if err := p.scratch.dir.Mkdir("dtype", 0o700); err != nil {
+		return outcome(featDtype, err, "")
+	}
+	ents, err := p.scratch.dir.ReadDir()
+	for _, e := range ents {
+		if e.Name == "dtype" && e.Type == sys.S_IFDIR {
+			return kprobe.Result{Feature: featDtype, Answer: kprobe.Yes}
+		}
+	}
+	if err != nil {
+		return outcome(featDtype, err, "")
+	}
+	return kprobe.Result{Feature: featDtype, Answer: kprobe.No, Detail: "make the file system again (xfs: ftype=1, ext4: filetype)"}
+}
+
+func (p *prober) renameWhiteout() kprobe.Result {
+	d := p.scratch.dir
+	f, err := d.Openat("old", sys.O_WRONLY|sys.O_CREAT, 0o600)
+	if err != nil {
+		return outcome(featRename, err, "")
+	}
+	f.Close()
+	return outcome(featRename, d.Rename("old", d, "new", sys.RENAME_WHITEOUT), "3.18")
+}
+
+func (p *prober) tmpfile() kprobe.Result {
+	f, err := p.scratch.dir.Openat(".", sys.O_WRONLY|sys.O_TMPFILE, 0o600)
+	if err == nil {
+		f.Close()
+	}
+	return outcome(featTmpfile, err, "3.11")
+}
+
+func (p *prober) reflink() kprobe.Result {
+	d := p.scratch.dir
+	a, err := d.Openat("a", sys.O_RDWR|sys.O_CREAT, 0o600)
+	if err != nil {
+		return outcome(featReflink, err, "")
+	}
+	defer a.Close()
+	if _, err := a.Write([]byte(strings.Repeat("x", 4096))); err != nil {
+		return outcome(featReflink, err, "")
+	}
+	b, err := d.Openat("b", sys.O_RDWR|sys.O_CREAT, 0o600)
+	if err != nil {
+		return outcome(featReflink, err, "")
+	}
+	defer b.Close()
+	r := outcome(featReflink, b.Clone(a), "")
+	if r.Answer == kprobe.No {
+		r.Detail = p.f.fs.String() + " shares no blocks between files: " + r.Err.Error()
+	}
+	return r
+}
+
+// idmap mounts an overlay whose lower is shifted, and looks at an owner.
+func (p *prober) idmap() kprobe.Result {
+	const first, size = 100_000, 65_536
+	ranges := []drivers.IDRange{{ContainerID: 0, HostID: first, Size: size}}
+	pl := plan{}
+	for _, n := range []string{"mapped1", "mapped2"} {
+		dir, err := p.scratch.mkdir(n)
+		if err != nil {
+			return outcome(featIDMap, err, "")
+		}
+		pl.lowers = append(pl.lowers, dir)
+	}
+	m, err := p.mount(pl, drivers.IDMap{UIDs: ranges, GIDs: ranges})
+	if errdefs.IsNotImplemented(err) || errdefs.IsPermissionDenied(err) {
+		return kprobe.Result{Feature: featIDMap, Answer: kprobe.No, Err: err, Detail: "Linux 5.19 has it, not in a user namespace, not on every file system: " + err.Error()}
+	}
+	if err != nil {
+		return outcome(featIDMap, err, "5.19")
+	}
+	defer m.Close()
+	st, err := sys.StatPath(m.path())
+	if err == nil && st.UID != first {
+		return kprobe.Result{Feature: featIDMap, Answer: kprobe.No, Detail: fmt.Sprintf("owner 0 shows as %d, not as %d", st.UID, first)}
+	}
+	return outcome(featIDMap, err, "")
+}
+
+// quota bounds an upper by a project id and writes more than that through an
+// overlay, whose writes no capability exempts (fs/overlayfs/super.c drops
+// CAP_SYS_RESOURCE).
+func (p *prober) quota() kprobe.Result {
+	err := p.tryQuota()
+	r := outcome(featQuota, err, "")
+	switch {
+	case errors.Is(err, syscall.ESRCH):
+		r.Answer, r.Detail = kprobe.No, "the file system is mounted without project quota (ext4: mkfs -O quota,project, mount with prjquota; xfs: mount with prjquota)"
+	case r.Answer == kprobe.No:
+		r.Detail = "needs project quota (ext4: mkfs -O quota,project, mount with prjquota; xfs: mount with prjquota; Linux 5.14): " + err.Error()
+	}
+	return r
+}
+
+func (p *prober) tryQuota() (err error) {
+	const limit = 1 << 20
+	dir, err := p.scratch.mkdir("quota")
+	if err != nil {
+		return err
+	}
+	q, err := sys.OpenDir(dir)
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+	if _, err := q.ProjectQuota(projectBase); err != nil && !errors.Is(err, syscall.ENOENT) {
+		return err
+	}
+	pl := plan{lowers: []string{filepath.Join(p.scratch.path, "lower")}, upper: dir + "/" + fsDir, work: dir + "/" + workDir}
+	for _, n := range []string{fsDir, workDir} {
+		if err := q.Mkdir(n, 0o755); err != nil {
+			return err
+		}
+	}
+	project, err := limitProject(q, drivers.ID(os.Getpid()), limit)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, q.SetProjectQuota(project, sys.ProjectQuota{})) }()
+	return p.overflow(pl, limit)
+}
+
+// overflow writes twice the limit and wants to be refused.
+func (p *prober) overflow(pl plan, limit int) error {
+	m, err := p.mount(pl, drivers.IDMap{})
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	err = os.WriteFile(m.path()+"/big", make([]byte, 2*limit), 0o600)
+	if errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.ENOSPC) {
+		return nil
+	}
+	if err == nil {
+		return fmt.Errorf("a limit is not enforced (mounted with pqnoenforce?): %w", syscall.EOPNOTSUPP)
+	}
+	return err
+}
