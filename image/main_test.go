@@ -1,0 +1,49 @@
+package image_test
+
+import (
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/containerd/log"
+
+	"github.com/layerctl/layerctl/image"
+	"github.com/layerctl/layerctl/internal/testenv"
+)
+
+func TestMain(m *testing.M) {
+	log.L.Logger.SetOutput(io.Discard) // containerd's word on fsverity, once per store
+	testenv.Main(m)
+}
+
+// newStore makes a store of the test.
+func newStore(t testing.TB) *image.Store {
+	t.Helper()
+	s, err := image.Open(filepath.Join(t.TempDir(), "images"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+// noLeftovers checks that nothing half-made is in a store: no ingest, no
+// temporary file.
+func noLeftovers(t testing.TB, dir string) {
+	t.Helper()
+	for _, pattern := range []string{"ingest/*", ".*"} {
+		if left, _ := filepath.Glob(filepath.Join(dir, pattern)); len(left) > 0 {
+			t.Errorf("left behind: %v", left)
+		}
+	}
+}
+
+func blobCount(t testing.TB, dir string) int {
+	t.Helper()
+	names, err := os.ReadDir(filepath.Join(dir, "blobs/sha256"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(names)
+}

@@ -1,0 +1,232 @@
+package image
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"strconv"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/layer"
+)
+
+// Labels on the snapshots that Unpack commits. They name the blob that a layer
+// came from, so that Save can hand it out again as it was.
+const (
+	LabelDiffID    = "io.github.layerctl.layer.diff-id"    // digest of the uncompressed tar
+	LabelBlob      = "io.github.layerctl.layer.digest"     // digest of the blob
+	LabelBlobSize  = "io.github.layerctl.layer.size"       // bytes of the blob
+	LabelMediaType = "io.github.layerctl.layer.media-type" // of the blob
+)
+
+// labelUnpack marks the active snapshot that a layer is being unpacked to; its
+// value is the ChainID. One that is found when nobody unpacks is a leftover.
+const labelUnpack = "io.github.layerctl.unpack"
+
+// Snapshots is what Unpack and Save need of a snapshot view: part of containerd's
+// Snapshotter, and bytes in and out. Keys and errors are as there.
+type Snapshots interface {
+	Stat(ctx context.Context, key string) (snapshots.Info, error)
+	Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error)
+	Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error
+	Remove(ctx context.Context, key string) error
+	Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error
+	// Apply unpacks an uncompressed layer tar onto the active snapshot key.
+	Apply(ctx context.Context, key string, tar io.Reader, o layer.ApplyOptions) error
+	// Diff yields what turns the committed snapshot from into to; "" is the empty
+	// tree.
+	Diff(ctx context.Context, from, to string) iter.Seq2[layer.Change, error]
+}
+
+// UnpackOptions say how an image becomes snapshots. The zero value unpacks for
+// this machine's platform, durably.
+type UnpackOptions struct {
+	// Platform chooses from an image of several ("linux/arm64"); "" is this
+	// machine's.
+	Platform string
+	// Apply is handed on to the unpacking of each layer.
+	Apply layer.ApplyOptions
+	// Labels are set on every snapshot that is committed, besides the above.
+	Labels map[string]string
+	// CommitOptions are handed on to each Commit (a view's own way to ask for no
+	// flushing).
+	CommitOptions []snapshots.Opt
+	// Progress, if not nil, is told of each layer, in bytes of its blob.
+	Progress Progress
+}
+
+// Unpacked says what Unpack did.
+type Unpacked struct {
+	// ChainID is the name of the snapshot that is the whole image; "" if the
+	// image has no layers.
+	ChainID digest.Digest
+	Layers  int // layers of the image
+	New     int // of these, how many had to be unpacked
+}
+
+// Unpack makes a committed snapshot in view of each layer of the image, named by
+// its ChainID; those that are there already are taken. Blob digest and DiffID are
+// verified while the layer is read. After an error, or when ctx ends, the layers
+// that were done are whole and nothing else is left; what a killed process left
+// is removed by the next Unpack or GC.
+func (s *Store) Unpack(ctx context.Context, view Snapshots, img Image, o UnpackOptions) (Unpacked, error) {
+	u, err := s.unpack(ctx, view, img, o)
+	if err != nil {
+		return u, fmt.Errorf("image: unpack %s: %w", img, err)
+	}
+	return u, nil
+}
+
+func (s *Store) unpack(ctx context.Context, view Snapshots, img Image, o UnpackOptions) (u Unpacked, err error) {
+	l, err := s.lockUnpack(ctx, view)
+	if err != nil {
+		return u, err
+	}
+	defer l.Close()
+	m, err := s.manifest(ctx, img, o.Platform)
+	if err != nil {
+		return u, err
+	}
+	u.Layers = len(m.Layers)
+	for i, done := 0, false; i < len(m.Layers); i++ {
+		if done, err = isCommitted(ctx, view, m.Layers[i].ChainID.String()); err != nil {
+			return u, err
+		}
+		if !done {
+			if err := s.unpackLayer(ctx, view, m.Layers, i, o); err != nil {
+				return u, fmt.Errorf("layer %d of %d: %w", i+1, len(m.Layers), err)
+			}
+			u.New++
+		}
+		u.ChainID = m.Layers[i].ChainID
+	}
+	return u, nil
+}
+
+// lockUnpack takes the blobs' lock. Where nobody else has it, leftovers of killed
+// unpacks are removed first.
+func (s *Store) lockUnpack(ctx context.Context, view Snapshots) (*sys.Lock, error) {
+	l, err := tryLock(s.blobsDir(), sys.LockExclusive)
+	if err == nil {
+		_, err = sweep(ctx, view)
+		l.Close()
+	}
+	if err != nil && !errdefs.IsUnavailable(err) {
+		return nil, err
+	}
+	return lock(ctx, s.blobsDir(), sys.LockShared)
+}
+
+// sweep removes the active snapshots of unpacks that did not end. The caller
+// holds the blobs' lock exclusively.
+func sweep(ctx context.Context, view Snapshots) (int, error) {
+	var keys []string
+	err := view.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+		if i.Kind == snapshots.KindActive && i.Labels[labelUnpack] != "" {
+			keys = append(keys, i.Name)
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	for n, k := range keys {
+		if err := view.Remove(ctx, k); err != nil && !errdefs.IsNotFound(err) {
+			return n, err
+		}
+	}
+	return len(keys), nil
+}
+
+// isCommitted reports whether a snapshot of that name is there and committed.
+func isCommitted(ctx context.Context, view Snapshots, name string) (bool, error) {
+	i, err := view.Stat(ctx, name)
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	if i.Kind != snapshots.KindCommitted {
+		return false, fmt.Errorf("snapshot %s is %s, not committed: %w", name, i.Kind, errdefs.ErrFailedPrecondition)
+	}
+	return true, nil
+}
+
+// unpackLayer unpacks layer i: under a key of its own, committed last. Another
+// process that does the same at the same time is no harm: the first to commit
+// wins.
+func (s *Store) unpackLayer(ctx context.Context, view Snapshots, layers []Layer, i int, o UnpackOptions) error {
+	key := "unpack-" + rand.Text()
+	name, parent := layers[i].ChainID.String(), ""
+	if i > 0 {
+		parent = layers[i-1].ChainID.String()
+	}
+	mark := snapshots.WithLabels(map[string]string{labelUnpack: name})
+	if _, err := view.Prepare(ctx, key, parent, mark); err != nil {
+		return err
+	}
+	err := s.apply(ctx, view, key, layers, i, o)
+	if err == nil {
+		opts := append([]snapshots.Opt{snapshots.WithLabels(layerLabels(layers[i], o.Labels))}, o.CommitOptions...)
+		if err = view.Commit(ctx, name, key, opts...); err == nil {
+			return nil
+		}
+		if errdefs.IsAlreadyExists(err) {
+			err = nil
+		}
+	}
+	// The key must go even if it is ctx that ended.
+	if rerr := view.Remove(context.WithoutCancel(ctx), key); rerr != nil && !errdefs.IsNotFound(rerr) {
+		err = errors.Join(err, rerr)
+	}
+	return err
+}
+
+func layerLabels(l Layer, more map[string]string) map[string]string {
+	labels := map[string]string{
+		LabelDiffID:    l.DiffID.String(),
+		LabelBlob:      l.Blob.Digest.String(),
+		LabelBlobSize:  strconv.FormatInt(l.Blob.Size, 10),
+		LabelMediaType: l.Blob.MediaType,
+	}
+	for k, v := range more {
+		labels[k] = v
+	}
+	return labels
+}
+
+// apply reads the layer's blob into the snapshot and verifies it to its last
+// byte, which need not be part of the tar.
+func (s *Store) apply(ctx context.Context, view Snapshots, key string, layers []Layer, i int, o UnpackOptions) error {
+	l := layers[i]
+	ra, err := s.layout.ReaderAt(ctx, l.Blob)
+	if err != nil {
+		return err
+	}
+	defer ra.Close()
+	if err := checkSize(l.Blob, ra.Size()); err != nil {
+		return err
+	}
+	m := newMeter(o.Progress, Event{Step: "unpack", Item: l.DiffID, Index: i, Count: len(layers), Total: l.Blob.Size})
+	raw := &progressReader{ctxReader{ctx, content.NewReader(ra)}, m.add}
+	br, err := layer.NewBlobReader(raw, layer.Blob{Digest: l.Blob.Digest, Size: l.Blob.Size, DiffID: l.DiffID})
+	if err != nil {
+		return err
+	}
+	defer br.Close()
+	if err := view.Apply(ctx, key, br, o.Apply); err != nil {
+		return err
+	}
+	_, err = io.Copy(io.Discard, br)
+	return err
+}
