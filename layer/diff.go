@@ -159,7 +159,7 @@ func openFile(dir *sys.Fd, n *node) (*sys.Fd, error) {
 		return nil, err
 	}
 	st, err := f.Stat("")
-	if err == nil && (!st.IsReg() || inodeOf(&st) != inodeOf(&n.st)) {
+	if err == nil && (!st.IsReg() || inodeOf(&st) != inodeOf(&n.st) || st.Btime != n.st.Btime) {
 		err = fmt.Errorf("%s was replaced during the walk: %w", n.name, errdefs.ErrAborted)
 	}
 	if err != nil {
