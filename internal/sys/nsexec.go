@@ -21,8 +21,8 @@ type NSExec struct {
 	Path string // of the program, in the joined mount namespace
 	Args []string
 	Env  []string
-	// Stdout is the program's standard output; nil means the caller's.
-	Stdout *os.File
+	// Stdin and Stdout are the program's; nil means the caller's.
+	Stdin, Stdout *os.File
 }
 
 // StartIn starts a program in existing namespaces and returns its process, a
@@ -66,14 +66,17 @@ type nsChild struct {
 	dir        *byte // nil: none
 	path       *byte
 	argv, envv []*byte
-	stdout     uintptr // 1: the caller's
+	std        [2]uintptr // stdin and stdout; 0 and 1: the caller's
 	errfd      uintptr
 }
 
 func newNSChild(o NSExec) (*nsChild, error) {
-	c := &nsChild{stdout: 1}
+	c := &nsChild{std: [2]uintptr{0, 1}}
+	if o.Stdin != nil {
+		c.std[0] = o.Stdin.Fd()
+	}
 	if o.Stdout != nil {
-		c.stdout = o.Stdout.Fd()
+		c.std[1] = o.Stdout.Fd()
 	}
 	for _, f := range o.Namespaces {
 		c.ns = append(c.ns, uintptr(f.Int()))
@@ -137,8 +140,11 @@ func (c *nsChild) child() {
 			goto fail
 		}
 	}
-	if c.stdout != 1 {
-		if _, _, errno = unix.RawSyscall(unix.SYS_DUP3, c.stdout, 1, 0); errno != 0 {
+	for i, fd := range c.std {
+		if uintptr(i) == fd {
+			continue
+		}
+		if _, _, errno = unix.RawSyscall(unix.SYS_DUP3, fd, uintptr(i), 0); errno != 0 {
 			report[0] = nsStepDup
 			goto fail
 		}

@@ -2,7 +2,7 @@ package userns
 
 import (
 	"bufio"
-	"errors"
+	"cmp"
 	"fmt"
 	"os"
 	"os/exec"
@@ -37,7 +37,7 @@ func maps() idMaps {
 	}
 	uids, err1 := subIDs("/etc/subuid", name, uid)
 	gids, err2 := subIDs("/etc/subgid", name, uid)
-	if err := errors.Join(err1, err2); err != nil {
+	if err := cmp.Or(err1, err2); err != nil {
 		own.single = err.Error()
 		return own
 	}

@@ -131,8 +131,9 @@ func keeperPID(dir string) int {
 	return pid
 }
 
-// start runs a program inside, with this one's standard descriptors.
-func (n *Namespaces) start(path string, args []string) (*os.Process, error) {
+// start runs a program inside, with this one's standard descriptors, or stdin
+// and stdout instead if they are not nil.
+func (n *Namespaces) start(c Command, stdin, stdout *os.File) (*os.Process, error) {
 	wd, err := os.Getwd()
 	if err != nil {
 		return nil, err
@@ -140,32 +141,42 @@ func (n *Namespaces) start(path string, args []string) (*os.Process, error) {
 	return sys.StartIn(sys.NSExec{
 		Namespaces: []*sys.Fd{n.user, n.mnt},
 		Dir:        wd,
-		Path:       or(path, self),
-		Args:       append([]string{or(path, os.Args[0])}, args...),
-		Env:        environ(),
+		Path:       or(c.Path, self),
+		Args:       append([]string{or(c.Path, os.Args[0])}, c.Args...),
+		Env:        environ(c.Env...),
+		Stdin:      stdin,
+		Stdout:     stdout,
 	})
 }
 
-// Run runs this program inside, and returns when it has ended well.
-func (n *Namespaces) Run(args ...string) error {
-	p, err := n.start("", args)
+// Output runs this program inside and returns what it prints, once it has ended
+// well.
+func (n *Namespaces) Output(args ...string) ([]byte, error) {
+	r, w, err := os.Pipe()
 	if err != nil {
-		return err
+		return nil, err
 	}
+	defer r.Close()
+	p, err := n.start(Command{Args: args}, nil, w)
+	w.Close()
+	if err != nil {
+		return nil, err
+	}
+	b, rerr := io.ReadAll(r)
 	st, err := p.Wait()
 	if err == nil && !st.Success() {
 		err = fmt.Errorf("%s: %s", strings.Join(args, " "), st)
 	}
-	return err
+	return b, errors.Join(err, rerr)
 }
 
 // stopIfUnused ends the keeper when no other command is inside and no mount is
 // left.
-func (n *Namespaces) stopIfUnused(mounts func(*Namespaces) (int, error)) error {
+func (n *Namespaces) stopIfUnused(code int, mounts func(*Namespaces, int) (int, error)) error {
 	if err := n.use.Change(sys.LockExclusive); err != nil {
 		return nil // another command is inside, and sees to it afterwards
 	}
-	left, err := mounts(n)
+	left, err := mounts(n, code)
 	if err != nil || left > 0 {
 		return err
 	}

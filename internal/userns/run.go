@@ -3,6 +3,7 @@ package userns
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -16,14 +17,20 @@ type Command struct {
 	// Path is the program; "" is this one.
 	Path string
 	Args []string // without the program's name
+	Env  []string // beyond this process's environment
 	// Root is the store's root, whose keeper is looked for; it need not exist.
 	Root string
 	// Keep starts a keeper where there is none, so that a mount outlives the
 	// command.
 	Keep bool
-	// Mounts counts the mounts inside that must be kept, after the command; nil
-	// if the command cannot have removed one. The keeper is stopped at 0.
-	Mounts func(*Namespaces) (int, error)
+	// Mounts counts the mounts inside that must be kept, after the command ended
+	// with status; nil if the command cannot have removed one. The keeper is
+	// stopped at 0.
+	Mounts func(n *Namespaces, status int) (int, error)
+	// Feed, if not nil, writes the command's standard input, from outside of the
+	// namespaces. Where that fails the command gets SIGUSR1 instead of an end of
+	// input, and Run returns Feed's error.
+	Feed func(w io.Writer) error
 }
 
 const self = "/proc/self/exe"
@@ -36,31 +43,86 @@ func Run(c Command) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	if ns == nil {
-		return runOnce(c)
+	if ns != nil {
+		defer ns.Close()
 	}
-	defer ns.Close()
-	p, err := ns.start(c.Path, c.Args)
-	if err != nil {
-		return 0, err
-	}
-	code, err := wait(p)
-	if err == nil && c.Mounts != nil {
-		err = ns.stopIfUnused(c.Mounts)
+	code, err := c.run(ns)
+	if err == nil && ns != nil && c.Mounts != nil {
+		err = ns.stopIfUnused(code, c.Mounts)
 	}
 	return code, err
 }
 
-// runOnce runs c in namespaces of its own.
-func runOnce(c Command) (int, error) {
-	cmd := exec.Command(or(c.Path, self), c.Args...)
-	cmd.Args[0] = or(c.Path, os.Args[0])
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = environ()
+// run runs c in ns, or in namespaces of its own if ns is nil.
+func (c Command) run(ns *Namespaces) (int, error) {
+	if c.Feed == nil {
+		p, err := c.start(ns, nil)
+		if err != nil {
+			return 0, err
+		}
+		return wait(p)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return 0, err
+	}
+	p, err := c.start(ns, r)
+	r.Close()
+	if err != nil {
+		w.Close()
+		return 0, err
+	}
+	return c.waitFed(p, w)
+}
+
+// waitFed feeds the command and waits for it. A command that ends by itself
+// ends the feeding.
+func (c Command) waitFed(p *os.Process, w *os.File) (int, error) {
+	fed := make(chan error, 1)
+	go func() {
+		err := c.Feed(w)
+		if err != nil {
+			_ = p.Signal(syscall.SIGUSR1) // first: it must not take this for the end
+		} else {
+			err = w.Close()
+		}
+		fed <- err
+	}()
+	code, err := wait(p)
+	w.Close()
+	if ferr := <-fed; ferr != nil && !errors.Is(ferr, syscall.EPIPE) && !errors.Is(ferr, os.ErrClosed) {
+		return code, ferr
+	}
+	return code, err
+}
+
+func (c Command) start(ns *Namespaces, stdin *os.File) (*os.Process, error) {
+	if ns != nil {
+		return ns.start(c, stdin, nil)
+	}
+	cmd := command(or(c.Path, self), append([]string{or(c.Path, os.Args[0])}, c.Args...))
+	cmd.Env = environ(c.Env...)
+	if stdin != nil {
+		cmd.Stdin = stdin
+	}
 	if err := spawn(cmd); err != nil {
+		return nil, err
+	}
+	return cmd.Process, nil
+}
+
+// RunHere runs a program where this one is, with its whole argument list, and
+// returns its exit status as Run does.
+func RunHere(path string, args []string) (int, error) {
+	cmd := command(path, args)
+	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
 	return wait(cmd.Process)
+}
+
+func command(path string, args []string) *exec.Cmd {
+	return &exec.Cmd{Path: path, Args: args, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr}
 }
 
 func or(a, b string) string {
@@ -77,7 +139,7 @@ func or(a, b string) string {
 func wait(p *os.Process) (int, error) {
 	sigs := make(chan os.Signal, 8)
 	signal.Notify(sigs, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP,
-		syscall.SIGUSR1, syscall.SIGUSR2)
+		syscall.SIGUSR2)
 	done := make(chan struct{})
 	defer close(done)
 	defer signal.Stop(sigs)

@@ -33,7 +33,7 @@ func actAs(act string, args []string) int {
 	}
 	c := Command{Root: args[0], Args: args, Keep: act == "keep"}
 	if act == "stop" {
-		c.Mounts = func(n *Namespaces) (int, error) { return strconv.Atoi(args[1]) }
+		c.Mounts = func(*Namespaces, int) (int, error) { return strconv.Atoi(args[1]) }
 	}
 	code, err := Run(c)
 	if err != nil {

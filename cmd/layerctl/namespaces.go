@@ -1,0 +1,109 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+
+	"github.com/containerd/errdefs"
+	"github.com/spf13/cobra"
+
+	"github.com/layerctl/layerctl"
+	"github.com/layerctl/layerctl/internal/userns"
+)
+
+// enterNamespaces runs this command again inside namespaces and ends with its
+// exit status. Where there are none to be had, a verb that mounts nothing goes
+// on without.
+func (a *app) enterNamespaces(c userns.Command) error {
+	code, err := userns.Run(c)
+	if err == nil {
+		return exitStatus(code)
+	}
+	if !errdefs.IsUnavailable(err) {
+		return err
+	}
+	if c.Keep {
+		return noMounts(err)
+	}
+	a.note("%v: going on without: owners and device nodes are kept as far as this user may", err)
+	return nil
+}
+
+// noMounts refuses a mount where nothing can make one for an ordinary user.
+func noMounts(err error) error {
+	fuse := "this build has no FUSE driver"
+	if _, lerr := layerctl.Drivers().Lookup("fuse"); lerr == nil {
+		fuse = "see the fuse driver in `layerctl info`"
+	}
+	return hintf(fmt.Errorf("mount: neither user namespaces nor FUSE work here: %w; FUSE: %s", err, fuse),
+		"allow user namespaces, or run as root")
+}
+
+// countMounts counts the store's mounts inside the keeper's namespaces, by a
+// run of `mount -q` there.
+func (a *app) countMounts(n *userns.Namespaces, _ int) (int, error) {
+	out, err := n.Output("--root", a.root, "--quiet", "mount")
+	return bytes.Count(out, []byte("\n")), err
+}
+
+// countAfterFailure is countMounts for a verb that leaves a mount if it did well.
+func (a *app) countAfterFailure(n *userns.Namespaces, status int) (int, error) {
+	if status == exitOK {
+		return 1, nil
+	}
+	return a.countMounts(n, status)
+}
+
+func (a *app) unshareCommand() *cobra.Command {
+	c := &cobra.Command{
+		Use: "unshare [--] [COMMAND [ARG]...]", Short: "Run a command where an ordinary user's mounts are seen",
+		Long: `Run a command, a shell if none is given, in the namespaces that hold the mounts
+of an ordinary user. As root there are none to enter and the command just runs.
+The exit code is the command's.`,
+		Args:                  cobra.ArbitraryArgs,
+		DisableFlagsInUseLine: true,
+		RunE:                  func(cmd *cobra.Command, args []string) error { return a.unshare(args) },
+	}
+	c.Flags().SetInterspersed(false) // the command's own flags are not ours
+	return c
+}
+
+func (a *app) unshare(args []string) error {
+	if len(args) == 0 {
+		shell := os.Getenv("SHELL")
+		if shell == "" {
+			shell = "/bin/sh"
+		}
+		args = []string{shell}
+	}
+	path, err := exec.LookPath(args[0])
+	if err != nil && !errors.Is(err, exec.ErrDot) {
+		a.note("unshare: %v", err)
+		return exitStatus(userns.ExitNotFound)
+	}
+	if !userns.Needed() {
+		return a.execHere(path, args)
+	}
+	code, err := userns.Run(userns.Command{Path: path, Args: args[1:], Root: a.root, Keep: true, Mounts: a.countMounts})
+	if status := userns.StartStatus(err); status != 0 {
+		a.note("unshare %s: %v", args[0], err)
+		return exitStatus(status)
+	}
+	if err != nil {
+		return verbError(err, "unshare", args[0])
+	}
+	return exitStatus(code)
+}
+
+// execHere runs the command as a child, for root and for who is inside already.
+func (a *app) execHere(path string, args []string) error {
+	code, err := userns.RunHere(path, args)
+	if err != nil {
+		a.note("unshare %s: %v", args[0], err)
+		return exitStatus(userns.ExitCannot)
+	}
+	return exitStatus(code)
+}

@@ -1,0 +1,142 @@
+package main
+
+import (
+	"os"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+
+	"github.com/layerctl/layerctl/internal/userns"
+)
+
+// How a verb wants to run for an ordinary user, as an annotation of its command.
+const (
+	nsKey   = "namespace"
+	nsEnter = "enter" // in the keeper's namespaces, or in its own for as long as it runs
+	nsKeep  = "keep"  // in a keeper's namespaces: it may make a mount
+	nsDrop  = "drop"  // like enter, and it may remove the last mount
+	nsFeed  = "feed"  // like enter, and a directory is read outside
+)
+
+const longHelp = `layerctl keeps layers of file systems and stacks them. It imports trees and
+images, mounts them read-only or writable, shows what changed, freezes that as a
+new layer, and writes layers and images out again.
+
+Names are those of snapshots, references of images, or beginnings of digests
+that fit one only. Names and paths come on standard output, all else on standard
+error. The exit code is 0, 1 for an error, 2 for wrong usage.`
+
+// command builds the command tree.
+func (a *app) command() *cobra.Command {
+	root := &cobra.Command{
+		Use: "layerctl", Short: "Keep, mount, diff and export layers of file systems", Long: longHelp,
+		Version: versionString(), SilenceErrors: true, SilenceUsage: true,
+		Args:              cobra.NoArgs,
+		PersistentPreRunE: a.before,
+		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
+	}
+	root.SetVersionTemplate("layerctl {{.Version}}\n")
+	root.SetOut(a.out)
+	root.SetErr(a.err)
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError{cmd, err} })
+	f := root.PersistentFlags()
+	f.StringVar(&a.root, "root", "", "the store's directory (default /var/lib/layerctl for root, $XDG_DATA_HOME/layerctl for others)")
+	f.StringVar(&a.driver, "driver", "", "the driver of new snapshots (default: the best that works; see info)")
+	f.StringVar(&a.format, "format", "table", "of lists: table, json or a Go template")
+	f.StringVar(&a.progress, "progress", "auto", "of long work, on standard error: auto, plain, json or none")
+	f.BoolVarP(&a.quiet, "quiet", "q", false, "print names only, and nothing on standard error but errors")
+	f.BoolVar(&a.volatile, "volatile", false, "flush nothing: faster, and lost in a power cut")
+	root.AddCommand(a.verbs()...)
+	for _, c := range root.Commands() {
+		wrapArgs(c)
+	}
+	_ = root.RegisterFlagCompletionFunc("driver", a.completeDrivers)
+	_ = root.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = root.RegisterFlagCompletionFunc("progress", cobra.FixedCompletions(progressModes, cobra.ShellCompDirectiveNoFileComp))
+	return root
+}
+
+func (a *app) verbs() []*cobra.Command {
+	return []*cobra.Command{
+		a.infoCommand(), a.importCommand(), a.loadCommand(), a.imagesCommand(), a.tagCommand(), a.lsCommand(),
+		a.mountCommand(), a.umountCommand(), a.diffCommand(), a.commitCommand(), a.applyCommand(),
+		a.exportCommand(), a.saveCommand(), a.usageCommand(), a.rmCommand(), a.gcCommand(), a.checkCommand(),
+		a.unshareCommand(), a.versionCommand(), a.manCommand(),
+	}
+}
+
+// wrapArgs makes a wrong number of arguments a usage error.
+func wrapArgs(c *cobra.Command) {
+	check := c.Args
+	if check == nil {
+		return
+	}
+	c.Args = func(cmd *cobra.Command, args []string) error {
+		if err := check(cmd, args); err != nil {
+			return usageError{cmd, err}
+		}
+		return nil
+	}
+}
+
+// before checks the global flags and, for an ordinary user, takes the verb into
+// namespaces.
+func (a *app) before(cmd *cobra.Command, args []string) error {
+	if err := a.setRoot(); err != nil {
+		return err
+	}
+	if err := checkProgress(a.progress); err != nil {
+		return usageError{cmd, err}
+	}
+	if err := checkFormat(a.format); err != nil {
+		return usageError{cmd, err}
+	}
+	how := cmd.Annotations[nsKey]
+	if how == "" || !userns.Needed() {
+		return nil
+	}
+	c := userns.Command{Args: os.Args[1:], Root: a.root}
+	switch how {
+	case nsKeep:
+		c.Keep, c.Mounts = len(args) > 0, a.countAfterFailure // without arguments mount lists
+	case nsDrop:
+		c.Mounts = a.countMounts
+	case nsFeed:
+		a.feed(cmd.Context(), &c, args)
+	}
+	return a.enterNamespaces(c)
+}
+
+// versionString is the version that the linker or the module system knows.
+func versionString() string {
+	if version != "unknown" {
+		return version
+	}
+	if bi, ok := debug.ReadBuildInfo(); ok && bi.Main.Version != "" && bi.Main.Version != "(devel)" {
+		return bi.Main.Version
+	}
+	return version
+}
+
+func (a *app) versionCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "Print the program's version", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cmd.Println("layerctl " + versionString())
+			return nil
+		},
+	}
+}
+
+// manCommand writes man pages; hidden, it is for packagers.
+func (a *app) manCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "man DIR", Short: "Write the man pages into a directory", Args: cobra.ExactArgs(1), Hidden: true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := os.MkdirAll(args[0], 0o755); err != nil {
+				return err
+			}
+			return writeManPages(cmd.Root(), args[0])
+		},
+	}
+}
