@@ -109,7 +109,11 @@ func (c *composer) layers(ctx context.Context) ([]Layer, error) {
 	layers := make([]Layer, len(c.chain))
 	for i, info := range c.chain {
 		l, ok := keptLayer(info.Labels)
-		if size, have := c.s.layout.size(l.Blob.Digest); !ok || !have || size != l.Blob.Size {
+		if ok { // the labels are whole; is the blob still kept?
+			size, have := c.s.layout.size(l.Blob.Digest)
+			ok = have && size == l.Blob.Size
+		}
+		if !ok {
 			var err error
 			if l, err = c.makeLayer(ctx, i); err != nil {
 				return nil, fmt.Errorf("layer %d of %d (%s): %w", i+1, len(c.chain), info.Name, err)

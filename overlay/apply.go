@@ -35,6 +35,7 @@ func (d *Driver) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o laye
 		return err
 	}
 	o.Whiteouts = d.whiteouts()
+	o.OverrideStat = o.OverrideStat || d.keepsStat()
 	if len(r.Parents) == 0 {
 		return d.applyAlone(ctx, r, tar, o)
 	}
@@ -77,3 +78,7 @@ func (d *Driver) applyAlone(ctx context.Context, r drivers.Ref, tar io.Reader, o
 	}
 	return writeJSON(dir, appliedFile, a, !o.Volatile)
 }
+
+// keepsStat reports whether owners that this process may not set are kept in an
+// xattr, as Capabilities.Lost says.
+func (d *Driver) keepsStat() bool { return d.opts.userxattr }

@@ -44,7 +44,7 @@ func (d *Driver) diff(ctx context.Context, from, to drivers.Ref, yield func(laye
 		return err
 	}
 	defer fromTree.Close()
-	o := layer.DiffOptions{SameFile: sameInode}
+	o := layer.DiffOptions{SameFile: sameInode, OverrideStat: d.keepsStat()}
 	if from.ID != 0 {
 		c := candidates{d: d}
 		defer c.close()
