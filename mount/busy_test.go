@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -42,15 +43,11 @@ func shell(t *testing.T, attr *syscall.SysProcAttr, script string, args ...strin
 	if line, err := bufio.NewReader(out).ReadString('\n'); line != "ready\n" {
 		t.Fatalf("%s: %q, %v", script, line, err)
 	}
-	var once bool
-	stop = func() {
-		if !once {
-			once = true
-			in.Close()
-			_, _ = io.Copy(io.Discard, out)
-			_ = cmd.Wait()
-		}
-	}
+	stop = sync.OnceFunc(func() {
+		in.Close()
+		_, _ = io.Copy(io.Discard, out)
+		_ = cmd.Wait()
+	})
 	t.Cleanup(stop)
 	return cmd.Process.Pid, stop
 }

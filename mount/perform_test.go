@@ -16,6 +16,7 @@ import (
 	cmount "github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
 )
 
@@ -575,5 +576,84 @@ func TestFUSEThroughTheMountHelper(t *testing.T) {
 	}
 	if _, err := Detached(t.Context(), []Mount{m}); !errdefs.IsNotImplemented(err) {
 		t.Errorf("detached: %v", err)
+	}
+}
+
+func TestOldCallsDoBindsAndPropagation(t *testing.T) {
+	testenv.Leaks(t)
+	fs := testenv.FS(t, "tmpfs")
+	d := dirs(t, fs, "src", "m")
+	for _, m := range []Mount{
+		{Type: "bind", Source: d[0], Options: []string{"rbind", "ro", "nosuid", "rshared"}},
+		{Type: "tmpfs", Source: "tmpfs", Options: []string{"ro", "nosuid", "size=64k", "rshared"}},
+	} {
+		p, err := parse(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		at1, err := sys.Open(d[1], sys.O_PATH, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		root, err := p.attachOld(t.Context(), at1)
+		at1.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		root.Close()
+		i := at(t, d[1])
+		if !slices.Contains(i.Options, "ro") || !slices.Contains(i.Options, "nosuid") || len(i.Propagation) == 0 {
+			t.Errorf("%s: mounted %+v", m.Type, i)
+		}
+		if err := Unmount(d[1], UnmountOptions{}); err != nil {
+			t.Error(err)
+		}
+	}
+	p, err := parse(Mount{Type: "bind", Source: d[0], Options: []string{"bind", "uidmap=0:1:1", "gidmap=0:1:1"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := p.attachOld(t.Context(), nil); !errdefs.IsNotImplemented(err) {
+		t.Errorf("id map by mount(2): %v", err)
+	}
+}
+
+func TestRemount(t *testing.T) {
+	fs := testenv.FS(t, "tmpfs")
+	target := dirs(t, fs, "m")[0]
+	mounted(t, target, Mount{Type: "tmpfs", Source: "tmpfs"})
+	if err := All(t.Context(), []Mount{{Type: "tmpfs", Source: "tmpfs", Options: []string{"remount", "ro"}}}, target); err != nil {
+		t.Fatal(err)
+	}
+	if i := at(t, target); !i.ReadOnly() {
+		t.Errorf("mounted %+v", i)
+	}
+}
+
+func TestDataOnlyLowersAreReachedByRedirectsAlone(t *testing.T) {
+	testenv.Leaks(t)
+	fs := testenv.FS(t, "ext4")
+	d := dirs(t, fs, "a", "b", "data", "m")
+	write(t, d[0]+"/f", "x")
+	write(t, d[2]+"/hidden", "x")
+	mounted(t, d[3], Mount{Type: "overlay", Source: "overlay",
+		Options: []string{"metacopy=on", "lowerdir=" + d[0] + ":" + d[1] + "::" + d[2]}})
+	names, err := os.ReadDir(d[3])
+	if err != nil || len(names) != 1 || names[0].Name() != "f" {
+		t.Errorf("%v, %v; want f alone", names, err)
+	}
+	l, err := OverlayLayers(at(t, d[3]).Mount())
+	if err != nil || len(l.Data) != 1 || l.Data[0] != d[2] {
+		t.Errorf("mountinfo tells %+v, %v", l, err)
+	}
+}
+
+func TestAFailingMountHelperSaysWhatItSaid(t *testing.T) {
+	testenv.Root(t)
+	testenv.Program(t, "mount.fuse3", "fuse3")
+	target := testenv.Scratch(t)
+	err := All(t.Context(), []Mount{{Type: "fuse3.nosuchserver", Source: "x"}}, target)
+	if err == nil || !strings.Contains(err.Error(), "nosuchserver") {
+		t.Errorf("%v lacks the helper's words", err)
 	}
 }
