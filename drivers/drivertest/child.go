@@ -85,9 +85,6 @@ func topTest(t *testing.T) string {
 	return "^" + regexp.QuoteMeta(name) + "$"
 }
 
-// exitCrashed is the exit code of a child that died where it was told to.
-const exitCrashed = 77
-
 // crash is a child's death at a step: no deferred function runs.
 func (j job) crash(t *testing.T, c Config) {
 	d, err := c.Factory.Open(t.Context(), drivers.Config{Root: j.Root, Options: c.Options})
@@ -97,7 +94,8 @@ func (j job) crash(t *testing.T, c Config) {
 	n := 0
 	ctx := faults.With(t.Context(), func(string) error {
 		if n++; n > j.Step {
-			os.Exit(exitCrashed)
+			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+			select {}
 		}
 		return nil
 	})
@@ -118,7 +116,7 @@ func (k *kit) crashed(j job) {
 	cmd := j.command(k.T, topTest(k.T))
 	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
-	if !errors.As(err, &exit) || exit.ExitCode() != exitCrashed {
+	if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
 		k.Fatalf("the process that had to die at step %d of %s: %v\n%s", j.Step, j.Op, err, out)
 	}
 }

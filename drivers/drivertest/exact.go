@@ -357,7 +357,7 @@ var pairs = []pair{
 		base: func(w *work) {
 			w.mknod("null", sys.S_IFCHR|0o666, 1, 3)
 			w.mknod("sda", sys.S_IFBLK|0o660, 8, 0)
-			w.mknod("large", sys.S_IFCHR|0o600, 4095, 1_048_575)
+			w.mknod("large", sys.S_IFCHR|0o600, 4095, 262_143) // xfs takes 18 bits
 		},
 		change: func(w *work) {
 			w.unlink("sda")

@@ -24,9 +24,14 @@ type kit struct {
 	caps   drivers.Capabilities
 	root   string // the driver's
 	beside string // a directory of the same file system
-	next   drivers.ID
 	mounts []string // targets, newest last
-	dirs   int
+	*counts
+}
+
+// counts are shared by all kits of a case.
+type counts struct {
+	next drivers.ID // the last ID that was given out
+	dirs int
 }
 
 func newKit(t *testing.T, f *fsys) *kit {
@@ -36,7 +41,7 @@ func newKit(t *testing.T, f *fsys) *kit {
 		t.Fatal(err)
 	}
 	// The driver's root has a short name: paths of many lowers share one page.
-	k := &kit{T: t, fs: f, ctx: t.Context(), root: dir + "/r", beside: dir + "/b"}
+	k := &kit{T: t, fs: f, ctx: t.Context(), root: dir + "/r", beside: dir + "/b", counts: new(counts)}
 	t.Cleanup(func() {
 		if err := os.RemoveAll(dir); err != nil {
 			t.Error(err)
@@ -90,7 +95,6 @@ func (k *kit) sub(name string, f func(k *kit)) {
 				inner.umount(inner.mounts[len(inner.mounts)-1])
 			}
 		})
-		defer func() { k.next, k.dirs = inner.next, inner.dirs }()
 		f(&inner)
 	})
 }

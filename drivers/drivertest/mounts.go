@@ -170,7 +170,7 @@ func externalPage(k *kit) {
 	if limit > 1000 {
 		k.Fatalf("ExternalParents %d cannot be true of one page", limit)
 	}
-	r := k.chain(limit + 1)
+	r := k.chain(limit)
 	top := k.create(r, drivers.CreateOptions{ReadOnly: true})
 	_, err := k.driver.Mounts(k.ctx, top, drivers.MountOptions{External: true})
 	k.wants("mounts of one parent too many", err, errdefs.ErrFailedPrecondition)

@@ -65,12 +65,17 @@ func FS(t testing.TB, kind string, opts ...Option) string {
 	if kind == "tmpfs" {
 		o.mount = append(o.mount, fmt.Sprintf("size=%d", o.size))
 	} else {
-		source, release = loopFS(t, kind, dir+".img", o)
+		source, release = loopFS(t, kind, Image(dir), o)
 	}
 	defer release()
 	mountFS(t, kind, source, dir, o)
 	return dir
 }
+
+// Image returns the backing file of a file system on a loop device that FS
+// returned dir for. What is in it is what the file system has written to its
+// device: the state that a power cut would leave.
+func Image(dir string) string { return dir + ".img" }
 
 // loopFS makes the file system on a loop file. release must be called after
 // mounting: until then it keeps the device.
