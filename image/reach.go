@@ -50,7 +50,7 @@ func (r *reachable) add(ctx context.Context, desc ocispec.Descriptor, depth int)
 }
 
 func (r *reachable) addChildren(ctx context.Context, desc ocispec.Descriptor, depth int) error {
-	if over(depth, r.lim.Depth+1) { // a manifest stands below the deepest index
+	if over(depth-1, r.lim.Depth) { // a manifest stands below the deepest index
 		return fmt.Errorf("%s: more than %d indexes inside each other: %w", desc.Digest, r.lim.Depth, errdefs.ErrResourceExhausted)
 	}
 	b, err := readDocument(ctx, r.p, desc, r.lim)

@@ -10,13 +10,13 @@ import (
 	"strconv"
 
 	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/layer"
+	"github.com/layerctl/layerctl/snapshot"
 )
 
 // Labels on the snapshots that Unpack commits. They name the blob that a layer
@@ -32,20 +32,19 @@ const (
 // value is the ChainID. One that is found when nobody unpacks is a leftover.
 const labelUnpack = "io.github.layerctl.unpack"
 
-// Snapshots is what Unpack and Save need of a snapshot view: part of containerd's
-// Snapshotter, and bytes in and out. Keys and errors are as there.
+// Snapshots is what Unpack and Save need of a view of a snapshot store;
+// *snapshot.View is one.
 type Snapshots interface {
 	Stat(ctx context.Context, key string) (snapshots.Info, error)
-	Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error)
-	Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error
+	Create(ctx context.Context, key, parent string, o snapshot.CreateOptions) error
+	CommitWith(ctx context.Context, name, key string, o snapshot.CommitOptions) error
 	Remove(ctx context.Context, key string) error
 	Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error
-	// Apply unpacks an uncompressed layer tar onto the active snapshot key.
 	Apply(ctx context.Context, key string, tar io.Reader, o layer.ApplyOptions) error
-	// Diff yields what turns the committed snapshot from into to; "" is the empty
-	// tree.
 	Diff(ctx context.Context, from, to string) iter.Seq2[layer.Change, error]
 }
+
+var _ Snapshots = (*snapshot.View)(nil)
 
 // UnpackOptions say how an image becomes snapshots. The zero value unpacks for
 // this machine's platform, durably.
@@ -53,13 +52,12 @@ type UnpackOptions struct {
 	// Platform chooses from an image of several ("linux/arm64"); "" is this
 	// machine's.
 	Platform string
+	// Volatile skips flushing.
+	Volatile bool
 	// Apply is handed on to the unpacking of each layer.
 	Apply layer.ApplyOptions
 	// Labels are set on every snapshot that is committed, besides the above.
 	Labels map[string]string
-	// CommitOptions are handed on to each Commit (a view's own way to ask for no
-	// flushing).
-	CommitOptions []snapshots.Opt
 	// Progress, if not nil, is told of each layer, in bytes of its blob.
 	Progress Progress
 }
@@ -171,14 +169,15 @@ func (s *Store) unpackLayer(ctx context.Context, view Snapshots, layers []Layer,
 	if i > 0 {
 		parent = layers[i-1].ChainID.String()
 	}
-	mark := snapshots.WithLabels(map[string]string{labelUnpack: name})
-	if _, err := view.Prepare(ctx, key, parent, mark); err != nil {
+	// Create, not Prepare: nobody gets mounts, so the listing that Apply takes
+	// counts.
+	if err := view.Create(ctx, key, parent, snapshot.CreateOptions{Labels: map[string]string{labelUnpack: name}}); err != nil {
 		return err
 	}
 	err := s.apply(ctx, view, key, layers, i, o)
 	if err == nil {
-		opts := append([]snapshots.Opt{snapshots.WithLabels(layerLabels(layers[i], o.Labels))}, o.CommitOptions...)
-		if err = view.Commit(ctx, name, key, opts...); err == nil {
+		err = view.CommitWith(ctx, name, key, snapshot.CommitOptions{Labels: layerLabels(layers[i], o.Labels), Volatile: o.Volatile})
+		if err == nil {
 			return nil
 		}
 		if errdefs.IsAlreadyExists(err) {
@@ -224,9 +223,13 @@ func (s *Store) apply(ctx context.Context, view Snapshots, key string, layers []
 		return err
 	}
 	defer br.Close()
-	if err := view.Apply(ctx, key, br, o.Apply); err != nil {
-		return err
+	ao := o.Apply
+	ao.Volatile = ao.Volatile || o.Volatile
+	if err = view.Apply(ctx, key, br, ao); err == nil {
+		_, err = io.Copy(io.Discard, br)
 	}
-	_, err = io.Copy(io.Discard, br)
-	return err
+	if err != nil {
+		return fmt.Errorf("blob %s: %w", l.Blob.Digest, err)
+	}
+	return nil
 }
