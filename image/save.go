@@ -278,6 +278,10 @@ func (k *sink) writeLayout(ctx context.Context, img Image, blobs []ocispec.Descr
 	if err := syncDir(k.tmp); err != nil {
 		return err
 	}
+	// os.Rename refuses even an empty directory; Remove refuses any other.
+	if err := os.Remove(k.final); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
 	if err := os.Rename(k.tmp, k.final); err != nil {
 		return err
 	}

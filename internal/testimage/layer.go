@@ -147,7 +147,7 @@ func baseLayer(t testing.TB) Layer {
 	}
 	bb := File("bin/busybox", string(b))
 	bb.Mode = 0o755
-	l := Layer{Dir("bin"), bb}
+	l := Layer{Dir("."), Dir("bin"), bb}
 	for _, name := range []string{"cat", "cp", "echo", "ls", "mkdir", "rm", "sh", "sleep", "touch"} {
 		l = append(l, Symlink("bin/"+name, "busybox"))
 	}
