@@ -17,6 +17,7 @@ import (
 // buffers go sorted to runs in temporary files, which merge reads side by side.
 type sorter struct {
 	dir  string // of temporary files; "" means /var/tmp, else os.TempDir
+	full int    // bytes of a full buffer; a single record may be larger
 	data []byte // encoded records
 	at   []uint32
 	runs []run
@@ -34,10 +35,9 @@ type sortRecord struct {
 
 type run struct{ off, size int64 }
 
-// sortBuffer is when a buffer is full; a single record may be larger.
 const sortBuffer = 4 << 20
 
-func newSorter(dir string) *sorter { return &sorter{dir: dir} }
+func newSorter(dir string) *sorter { return &sorter{dir: dir, full: sortBuffer} }
 
 func (s *sorter) tempDir() string {
 	if s.dir != "" {
@@ -80,13 +80,13 @@ const sortHeader = 13
 
 func (s *sorter) add(path string, seq uint32, op byte, payload []byte) error {
 	size := sortHeader + len(path) + len(payload)
-	if len(s.data) > 0 && len(s.data)+size > sortBuffer {
+	if len(s.data) > 0 && len(s.data)+size > s.full {
 		if err := s.spill(); err != nil {
 			return err
 		}
 	}
 	if s.data == nil {
-		s.data = make([]byte, 0, sortBuffer)
+		s.data = make([]byte, 0, s.full)
 	}
 	s.at = append(s.at, uint32(len(s.data)))
 	b := binary.LittleEndian.AppendUint32(s.data, seq)
@@ -112,7 +112,7 @@ func (r *sortRecord) compare(o *sortRecord) int {
 	return cmp.Or(cmp.Compare(r.seq, o.seq), cmp.Compare(r.op, o.op))
 }
 
-func (s *sorter) sortBuffer() {
+func (s *sorter) order() {
 	slices.SortFunc(s.at, func(a, b uint32) int {
 		x, y := decodeRecord(s.data[a:]), decodeRecord(s.data[b:])
 		return x.compare(&y)
@@ -128,7 +128,7 @@ func (s *sorter) spill() error {
 		}
 		s.file = f
 	}
-	s.sortBuffer()
+	s.order()
 	w := bufio.NewWriterSize(io.NewOffsetWriter(s.file, s.end), 64<<10)
 	for _, at := range s.at {
 		r := decodeRecord(s.data[at:])
@@ -140,7 +140,7 @@ func (s *sorter) spill() error {
 	s.runs = append(s.runs, run{s.end, int64(len(s.data))})
 	s.end += int64(len(s.data))
 	s.data, s.at = s.data[:0], s.at[:0]
-	if cap(s.data) > 2*sortBuffer {
+	if cap(s.data) > 2*s.full {
 		s.data = nil
 	}
 	return nil
@@ -155,7 +155,7 @@ func (s *sorter) merge() (*merger, error) {
 		s.data, s.at = nil, nil // the runs' readers need the room
 	}
 	if len(s.runs) == 0 {
-		s.sortBuffer()
+		s.order()
 		return &merger{memory: s}, nil
 	}
 	m := &merger{}
