@@ -87,9 +87,12 @@ func newUnpacker(path string, o ApplyOptions) (*unpacker, error) {
 		o: o, lim: o.Limits.orDefaults(), seed: maphash.MakeSeed(), marks: map[uint64]mark{},
 		uid: uint32(os.Geteuid()), gid: uint32(os.Getegid()), umask: umask(),
 	}
-	u.privileged = u.uid == 0
+	u.privileged, u.dirs.most = u.uid == 0, o.openDirs
 	if o.Implied != nil {
 		u.implied = map[string]bool{}
+		if o.Lower == "" {
+			u.implied["."] = true // until the archive names it
+		}
 	}
 	fd, err := sys.OpenDir(path)
 	if err != nil {

@@ -299,36 +299,38 @@ func (p *purge) name(in *sys.Fd, name, path string, own bool) (gone, kept bool, 
 	if err != nil {
 		return false, false, err
 	}
-	mine := p.u.isMine(path, own)
 	if st.IsDir() {
-		return p.dir(in, name, path, own, mine, &st)
-	}
-	if mine {
-		return false, true, nil
+		return p.dir(in, name, path, own, &st)
 	}
 	white, err := p.u.o.Whiteouts.IsWhiteout(in, name, &st)
-	if err != nil {
+	switch {
+	case err != nil:
 		return false, false, err
+	case white: // nothing, and what it hides is about to be hidden otherwise
+		return false, false, in.Unlink(name, 0)
+	case p.u.isMine(path, own):
+		return false, true, nil
 	}
-	return !white, false, in.Unlink(name, 0)
+	return true, false, in.Unlink(name, 0)
 }
 
-func (p *purge) dir(in *sys.Fd, name, path string, own, mine bool, st *sys.Stat) (gone, kept bool, err error) {
+func (p *purge) dir(in *sys.Fd, name, path string, own bool, st *sys.Stat) (gone, kept bool, err error) {
+	mine, content := p.u.isMine(path, own), p.u.isOwn(path, own)
+	if mine && content && !p.u.passed {
+		return false, true, nil
+	}
 	fd, err := p.u.openDir(in, name)
 	if err != nil {
 		return false, false, err
 	}
 	defer fd.Close()
-	gone, kept, err = p.content(fd, path, p.u.isOwn(path, own))
+	gone, kept, err = p.content(fd, path, content)
 	switch {
 	case err != nil:
 		return gone, kept, err
-	case mine && gone:
-		err = fd.Utimes("", sys.TimeOmit, st.Mtime)
-		fallthrough
 	case mine:
 		p.nowOwn(path, own)
-		return gone, true, err
+		return gone, true, fd.Utimes("", sys.TimeOmit, st.Mtime)
 	case kept:
 		return true, true, p.reset(fd, path, own)
 	}
@@ -338,10 +340,6 @@ func (p *purge) dir(in *sys.Fd, name, path string, own, mine bool, st *sys.Stat)
 
 // content purges all names of a directory.
 func (p *purge) content(fd *sys.Fd, path string, own bool) (gone, kept bool, err error) {
-	if own && !p.u.passed {
-		names, err := fd.ReadDir()
-		return false, len(names) > 0, err
-	}
 	names, err := fd.ReadDir()
 	if err != nil {
 		return false, false, err

@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"cmp"
 	"container/list"
 	"errors"
 	"fmt"
@@ -95,6 +96,7 @@ type cache struct {
 	byPath  map[string]*dir
 	order   list.List // of *dir, most recently used first
 	lowOnly int       // how many are only below
+	most    int       // 0 means cacheSize
 }
 
 // cacheSize bounds open directories; each may have two descriptors.
@@ -118,7 +120,8 @@ func (c *cache) add(d *dir) error {
 		c.lowOnly++
 	}
 	d.place = c.order.PushFront(d)
-	for e := c.order.Back(); len(c.byPath) > cacheSize && e != nil && e.Value != d; {
+	most := cmp.Or(c.most, cacheSize)
+	for e := c.order.Back(); len(c.byPath) > most && e != nil && e.Value != d; {
 		old := e.Value.(*dir)
 		e = e.Prev()
 		if old.pins > 0 {
@@ -313,6 +316,8 @@ func (u *unpacker) parent(d *dir, build bool) (*dir, error) {
 // step goes from cur to name, or where the symlink name leads.
 func (r *resolver) step(cur *dir, name string) (*dir, error) {
 	path, target := join(cur.path, name), ""
+	cur.pins++ // what is opened next must not close it
+	defer func() { cur.pins-- }()
 	d := r.u.dirs.get(path)
 	var err error
 	if d == nil {

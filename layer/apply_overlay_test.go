@@ -3,8 +3,11 @@ package layer
 import (
 	"archive/tar"
 	"bytes"
+	"errors"
 	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path"
 	"path/filepath"
 	"slices"
@@ -151,6 +154,7 @@ type stack struct {
 	lower []string // committed layers, the nearest first
 	upper string   // writable, "" if the next archive begins a new layer
 	n     int
+	open  int // bound of open directories: a small one must not matter
 }
 
 func (s *stack) mkdir(name string) string {
@@ -228,15 +232,65 @@ func (s *stack) apply(entries []genEntry) bool {
 		s.n++
 		s.upper = s.mkdir(fmt.Sprintf("u%d", s.n))
 	}
-	perr := Apply(s.t.Context(), s.plain, bytes.NewReader(data), ApplyOptions{Volatile: true})
+	before := s.copyPlain()
+	perr, plainList := s.applyListed(s.plain, data, ApplyOptions{})
 	var uerr error
+	var upperList string
 	s.mounted("", s.lower, func(low string) {
-		uerr = Apply(s.t.Context(), s.upper, bytes.NewReader(data), ApplyOptions{Volatile: true, Whiteouts: s.w, Lower: low})
+		uerr, upperList = s.applyListed(s.upper, data, ApplyOptions{Whiteouts: s.w, Lower: low})
 	})
 	if (perr == nil) != (uerr == nil) {
 		s.t.Fatalf("plain: %v\noverlay: %v\n%s", perr, uerr, printEntries(entries))
 	}
-	return perr == nil
+	if perr != nil {
+		return false
+	}
+	if plainList != upperList {
+		s.t.Fatalf("listing, plain:\n%soverlay:\n%s%s", plainList, upperList, printEntries(entries))
+	}
+	s.verify(before, plainList, entries)
+	return true
+}
+
+// applyListed unpacks and returns the listing's text, too.
+func (s *stack) applyListed(dir string, data []byte, o ApplyOptions) (error, string) {
+	var out bytes.Buffer
+	o.Volatile, o.openDirs, o.Listing = true, s.open, NewListingWriter(&out)
+	err := Apply(s.t.Context(), dir, bytes.NewReader(data), o)
+	if _, cerr := o.Listing.Close(); err != nil || cerr != nil {
+		return errors.Join(err, cerr), ""
+	}
+	r, _, err := Decompress(&out)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer r.Close()
+	text, err := io.ReadAll(r)
+	return err, string(text)
+}
+
+func (s *stack) copyPlain() string {
+	s.n++
+	to := filepath.Join(s.base, fmt.Sprintf("before%d", s.n))
+	if out, err := exec.Command("cp", "-a", s.plain, to).CombinedOutput(); err != nil {
+		s.t.Fatalf("%v: %s", err, out)
+	}
+	return to
+}
+
+// verify checks that the listing of an archive is true of the tree, and tells
+// all that changed.
+func (s *stack) verify(before, listing string, entries []genEntry) {
+	changes := DiffTrees(s.t.Context(), before, s.plain, DiffOptions{})
+	for p, err := range VerifyListing(s.t.Context(), s.plain, ReadListing(strings.NewReader(listing)), changes, VerifyOptions{}) {
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		s.t.Errorf("%s\nlisting:\n%s%s", &p, listing, printEntries(entries))
+	}
+	if err := os.RemoveAll(before); err != nil {
+		s.t.Fatal(err)
+	}
 }
 
 // compare checks that the kernel shows of the layers what the plain tree is.
@@ -280,7 +334,7 @@ func testOverlayEqualsPlain(t *testing.T, w Whiteouts) {
 	n := 0
 	rapid.Check(t, func(rt *rapid.T) {
 		n++
-		s := &stack{t: rt, w: w, base: filepath.Join(fs, fmt.Sprint(n))}
+		s := &stack{t: rt, w: w, open: rapid.SampledFrom([]int{0, 1, 2, 3}).Draw(rt, "open"), base: filepath.Join(fs, fmt.Sprint(n))}
 		if err := os.Mkdir(s.base, 0o755); err != nil {
 			rt.Fatal(err)
 		}

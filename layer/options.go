@@ -44,7 +44,8 @@ type ApplyOptions struct {
 	Lower string
 	// Implied, if not nil, is told at the end each directory that the archive
 	// passed through without naming it and that was made with made-up metadata
-	// because Lower is "" or has no such directory. A driver whose layers may get
+	// because Lower is "" or has no such directory; with Lower "" the root "." too, if
+	// the archive does not name it. A driver whose layers may get
 	// their parents later (Capabilities.Rebase) sets these from the parents then.
 	Implied func(path string)
 	// Volatile skips flushing.
@@ -68,4 +69,6 @@ type ApplyOptions struct {
 	// OverrideStat keeps owner and mode that this process may not set in the
 	// xattr user.containers.override_stat instead of failing.
 	OverrideStat bool
+
+	openDirs int // bound of open directories, for tests; 0 is the usual one
 }
