@@ -72,12 +72,12 @@ func inPrivateNS() bool {
 // Go program does not choose its threads.
 func rerun() int {
 	runtime.LockOSThread() // Pdeathsig is about the thread, not the process
-	scratch, err := makeScratch()
+	scratch, cleanup, err := makeScratch()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "testenv:", err)
 		return 2
 	}
-	defer os.RemoveAll(scratch)
+	defer cleanup()
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
@@ -108,17 +108,6 @@ func passSignals(p *os.Process) (stop func()) {
 	return func() { signal.Stop(c); close(c) }
 }
 
-// makeScratch makes a directory with a short name, in memory if there is such
-// a place: overlay tests put many paths into one page.
-func makeScratch() (string, error) {
-	for _, dir := range []string{"/dev/shm", os.TempDir()} {
-		if d, err := os.MkdirTemp(dir, "lt"); err == nil {
-			return d, os.Chmod(d, 0o711) // InUserNS gives somebody else a directory inside
-		}
-	}
-	return os.MkdirTemp("", "lt")
-}
-
 // run runs the tests here and returns the exit code.
 func run(m *testing.M) int {
 	if inPrivateNS() && os.Getuid() == 0 {
@@ -144,34 +133,4 @@ func run(m *testing.M) int {
 		return 1
 	}
 	return 0
-}
-
-// scratch is the directory for loop files and mountpoints; immutable once the
-// tests run.
-var scratch string
-
-func openScratch() (cleanup func(), err error) {
-	if scratch = os.Getenv(envScratch); scratch != "" && inPrivateNS() {
-		return func() {}, nil // the first process removes it
-	}
-	if scratch, err = makeScratch(); err != nil {
-		return nil, err
-	}
-	return func() { os.RemoveAll(scratch) }, nil
-}
-
-// Scratch returns a new directory with a short path (some 20 bytes), in memory
-// where possible, removed at the end of the test.
-func Scratch(t testing.TB) string {
-	t.Helper()
-	d, err := os.MkdirTemp(scratch, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := os.RemoveAll(d); err != nil {
-			t.Errorf("scratch directory: %v", err)
-		}
-	})
-	return d
 }

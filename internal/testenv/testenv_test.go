@@ -124,3 +124,27 @@ func TestInUserNSHasNoPrivilegesOutside(t *testing.T) {
 		t.Error("can read /etc/shadow")
 	}
 }
+
+func TestSweepRemovesOnlyWhatNobodyOwns(t *testing.T) {
+	base := Scratch(t)
+	owned, cleanup, err := makeScratchIn(base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cleanup()
+	orphan, other := filepath.Join(base, "lt1"), filepath.Join(base, "lt2")
+	for _, d := range []string{orphan, other} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(orphan, ownerFile), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sweep(base)
+	for dir, want := range map[string]bool{owned: true, other: true, orphan: false} {
+		if _, err := os.Stat(dir); (err == nil) != want {
+			t.Errorf("%s: %v, want it there: %v", dir, err, want)
+		}
+	}
+}
