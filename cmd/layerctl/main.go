@@ -15,6 +15,8 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/containerd/log"
+
 	"github.com/layerctl/layerctl/internal/userns"
 )
 
@@ -38,6 +40,7 @@ func main() {
 func run(args []string) int {
 	ctx, stop := interruptible()
 	defer stop()
+	_ = log.SetLevel("error") // of libraries: what matters comes back as an error
 	a := newApp()
 	cmd := a.command()
 	cmd.SetArgs(args)

@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
@@ -79,10 +81,13 @@ func (a *app) unshare(args []string) error {
 		}
 		args = []string{shell}
 	}
-	path, err := exec.LookPath(args[0])
-	if err != nil && !errors.Is(err, exec.ErrDot) {
-		a.note("unshare: %v", err)
-		return exitStatus(userns.ExitNotFound)
+	path := args[0]
+	if !strings.Contains(path, "/") { // a path may be there inside only
+		var err error
+		if path, err = exec.LookPath(path); err != nil && !errors.Is(err, exec.ErrDot) {
+			a.note("unshare: %v", err)
+			return exitStatus(userns.ExitNotFound)
+		}
 	}
 	if !userns.Needed() {
 		return a.execHere(path, args)
@@ -103,6 +108,9 @@ func (a *app) execHere(path string, args []string) error {
 	code, err := userns.RunHere(path, args)
 	if err != nil {
 		a.note("unshare %s: %v", args[0], err)
+		if errors.Is(err, fs.ErrNotExist) {
+			return exitStatus(userns.ExitNotFound)
+		}
 		return exitStatus(userns.ExitCannot)
 	}
 	return exitStatus(code)
