@@ -17,6 +17,7 @@ type committer struct {
 	mu      sync.Mutex // queueMu in the package's lock order
 	queue   []*call    // guarded by mu
 	running bool       // guarded by mu; a goroutine works the queue off
+	batches int        // guarded by mu; for the test that bursts share a flush
 }
 
 // maxBatch bounds one transaction, and so the memory of its dirty pages.
@@ -97,6 +98,7 @@ func (g *committer) next() []*call {
 		g.running = false
 		return nil
 	}
+	g.batches++
 	batch := g.queue[:n:n]
 	g.queue = g.queue[n:]
 	for _, c := range batch {

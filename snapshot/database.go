@@ -45,6 +45,7 @@ type database struct {
 	mu      sync.Mutex // gateMu in the package's lock order
 	bolt    *bolt.DB   // guarded by mu; nil while closed
 	lock    *sys.Lock  // guarded by mu; db.lock, held while bolt is open
+	wait    *sys.Fd    // guarded by mu; db.wait, open while bolt is
 	users   int        // guarded by mu; transactions in progress
 	since   time.Time  // guarded by mu; when it was opened
 	looked  time.Time  // guarded by mu; when it was last asked whether others wait
@@ -169,7 +170,8 @@ func (d *database) release() {
 	}
 	d.bolt, d.yield, d.bad = nil, false, false
 	d.lock.Close()
-	d.lock = nil
+	d.wait.Close()
+	d.lock, d.wait = nil, nil
 	close(d.closed)
 	d.closed = make(chan struct{})
 }
@@ -192,18 +194,14 @@ func (d *database) shutdown() {
 	}
 }
 
-// wanted reports whether another open file holds db.wait. Taking the lock for a
-// moment to find out delays a waiter by no more than that moment.
+// wanted reports whether another open file holds db.wait; mu is held. Finding
+// out delays a waiter by no more than a moment.
 func (d *database) wanted() bool {
-	if d.readOnly {
-		return false // held shared: a writer that waits gets it when we are idle
+	if d.wait == nil {
+		return false // read-only: a writer that waits gets its turn when we are idle
 	}
-	l, err := sys.LockFile(d.path("db.wait"), sys.LockShared)
-	if err != nil {
-		return sys.IsLocked(err)
-	}
-	l.Close()
-	return false
+	held, err := d.wait.FlockHeld()
+	return held || err != nil
 }
 
 func (d *database) path(name string) string { return filepath.Join(d.dir, name) }
@@ -212,6 +210,13 @@ func (d *database) path(name string) string { return filepath.Join(d.dir, name) 
 // nobody is interested any more, the database closes after linger.
 func (d *database) open(a *attempt) {
 	lock, db, err := d.openFiles()
+	var wait *sys.Fd
+	if err == nil && !d.readOnly {
+		wait, err = sys.Open(d.path("db.wait"), sys.O_RDONLY, 0)
+		if err != nil {
+			err = errors.Join(dbError("lock", err), db.Close(), lock.Close())
+		}
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.attempt = nil
@@ -220,7 +225,7 @@ func (d *database) open(a *attempt) {
 	if err != nil {
 		return
 	}
-	d.lock, d.bolt, d.since = lock, db, time.Now()
+	d.lock, d.wait, d.bolt, d.since = lock, wait, db, time.Now()
 	if d.shut {
 		d.release()
 		return

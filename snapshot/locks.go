@@ -43,8 +43,9 @@ type locks struct {
 	fd  *sys.Fd // nil in a read-only store, which excludes nobody; immutable
 	log func(string)
 
-	mu   sync.Mutex
-	held map[place]*holding // guarded by mu
+	mu     sync.Mutex
+	held   map[place]*holding // guarded by mu
+	closed bool               // guarded by mu
 }
 
 // holding is a place that is held in this Store.
@@ -64,7 +65,13 @@ func newLocks(path string, readOnly bool, log func(string)) (*locks, error) {
 	return l, err
 }
 
-func (l *locks) Close() error { return l.fd.Close() }
+// Close drops every lock at once. Idempotent.
+func (l *locks) Close() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closed = true
+	return l.fd.Close()
+}
 
 // shared and exclusive wait for a place; the caller must call release once.
 func (l *locks) shared(ctx context.Context, p place, what string) (release func(), err error) {
@@ -92,7 +99,11 @@ func (l *locks) try(p place) (release func(), ok bool, err error) {
 	return l.releaser(p, sys.LockExclusive), true, nil
 }
 
+// kernel takes a place for this Store; mu is held.
 func (l *locks) kernel(p place, kind sys.LockKind) error {
+	if l.closed {
+		return errClosed
+	}
 	if l.fd == nil {
 		return nil
 	}
@@ -164,9 +175,9 @@ func (l *locks) release(p place, kind sys.LockKind) {
 		return
 	}
 	delete(l.held, p)
-	if l.fd != nil {
+	if l.fd != nil && !l.closed { // else it went with the file
 		if err := l.fd.UnlockRange(int64(p), 1); err != nil {
-			l.log(err.Error()) // only a closed store: the lock went with it
+			l.log(err.Error())
 		}
 	}
 	close(h.changed)

@@ -134,6 +134,12 @@ func (s *Store) GC(ctx context.Context) (GCReport, error) {
 	if s.o.ReadOnly {
 		return GCReport{}, fmt.Errorf("snapshot: gc: %w", errReadOnly)
 	}
+	select {
+	case <-s.gcTurn: // two at a time would only be in each other's way
+		defer func() { s.gcTurn <- struct{}{} }()
+	case <-ctx.Done():
+		return GCReport{}, fmt.Errorf("snapshot: gc: %w", ctx.Err())
+	}
 	g := &collector{s: s, left: map[drivers.ID]Busy{}}
 	err := g.run(ctx)
 	for _, b := range g.left {

@@ -56,7 +56,8 @@ type Store struct {
 	open      map[string]*openDriver // guarded by driversMu
 	closed    bool                   // guarded by driversMu
 
-	recovered []Finding // immutable after Open
+	gcTurn    chan struct{} // holds one token: one GC at a time
+	recovered []Finding     // immutable after Open
 	listings  *lister
 	closeOnce sync.Once
 	closeErr  error
@@ -91,6 +92,8 @@ func open(ctx context.Context, root string, o Options) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{root: root, o: o, open: map[string]*openDriver{}}
+	s.gcTurn = make(chan struct{}, 1)
+	s.gcTurn <- struct{}{}
 	s.db = newDatabase(root, o.ReadOnly, o.Volatile, o.Log)
 	s.ids = newIDs(s)
 	s.listings = newLister(ctx, s)

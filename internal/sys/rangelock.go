@@ -58,3 +58,17 @@ func WaitLock(path string, flags int, kind LockKind) (*Lock, error) {
 	}
 	return &Lock{f}, nil
 }
+
+// FlockHeld reports whether another open file holds the exclusive flock of the
+// file that f is open on. To find out it takes a shared one for a moment, which a
+// waiting exclusive one outlasts.
+func (f *Fd) FlockHeld() (bool, error) {
+	err := retry(func() error { return unix.Flock(f.n, unix.LOCK_SH|unix.LOCK_NB) })
+	if err == unix.EWOULDBLOCK {
+		return true, nil
+	}
+	if err == nil {
+		err = retry(func() error { return unix.Flock(f.n, unix.LOCK_UN) })
+	}
+	return false, f.err("flock", "", err)
+}
