@@ -56,9 +56,11 @@ func (d *Driver) applyAlone(ctx context.Context, r drivers.Ref, tar io.Reader, o
 	}
 	defer dir.Close()
 	var a applied
-	if err := readJSON(dir, appliedFile, &a); err != nil && !errors.Is(err, os.ErrNotExist) {
+	err = readJSON(dir, appliedFile, &a)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
+	rootNamed := err == nil && !a.implies(".") // by an archive before this one
 	if err := writeJSON(dir, appliedFile, a, false); err != nil {
 		return err
 	}
@@ -67,6 +69,9 @@ func (d *Driver) applyAlone(ctx context.Context, r drivers.Ref, tar io.Reader, o
 	}
 	caller := o.Implied
 	o.Implied = func(p string) {
+		if a.implies(p) || p == "." && rootNamed {
+			return
+		}
 		a.Implied = append(a.Implied, []byte(p))
 		if caller != nil {
 			caller(p)

@@ -9,6 +9,7 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -61,6 +62,10 @@ type committed struct {
 // applied is what Apply did without knowing parents: ROOT/ID/applied.json.
 type applied struct {
 	Implied [][]byte `json:"implied"` // directories with made-up metadata, parents first; bytes, since a path need not be UTF-8
+}
+
+func (a *applied) implies(p string) bool {
+	return slices.ContainsFunc(a.Implied, func(q []byte) bool { return string(q) == p })
 }
 
 // state is a layer as it stands on disk.

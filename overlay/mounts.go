@@ -97,7 +97,7 @@ func (d *Driver) planOwn(p *plan, s *state, o drivers.MountOptions) {
 		// there may be no room for another lower.
 		p.upper, p.work = own, d.path(s.id.String(), workDir)
 		p.readOnly = o.ReadOnly
-		p.volatile = o.Volatile && d.knows("volatile")
+		p.volatile = (o.Volatile || d.opts.volatile) && d.knows(featVolatile)
 	case s.about.View && s.committed == nil && len(p.lowers) >= maxLowers:
 		// No room to say whose mount it is; it looks like the parent's.
 	default:
@@ -234,7 +234,7 @@ func externalSize(m mount.Mount, page int) (size, lowers int) {
 // characters (the two-billionth layer has seven).
 func (d *Driver) externalParents() int {
 	const id = "zzzzzz"
-	p := plan{upper: d.path(id, fsDir), work: d.path(id, workDir), volatile: d.knows("volatile")}
+	p := plan{upper: d.path(id, fsDir), work: d.path(id, workDir), volatile: d.knows(featVolatile)}
 	fits := func(n int) bool {
 		p.lowers = slices.Repeat([]string{d.path(id, fsDir)}, n+1) // a view has its own, too
 		size, _ := externalSize(d.opts.mount(p), os.Getpagesize())

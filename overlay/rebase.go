@@ -32,9 +32,6 @@ import (
 // rebase fits the layer to the parents of r. Repeatable: applied.json stays until
 // the layer is committed.
 func (d *Driver) rebase(ctx context.Context, s *state, r drivers.Ref) error {
-	if len(r.Parents) == 0 {
-		return d.dropWhiteouts(ctx, s.id)
-	}
 	dir, err := d.openLayer(s.id)
 	if err != nil {
 		return err
@@ -44,39 +41,46 @@ func (d *Driver) rebase(ctx context.Context, s *state, r drivers.Ref) error {
 	if err := readJSON(dir, appliedFile, &a); err != nil {
 		return err
 	}
+	upper, err := dir.Openat(fsDir, sys.O_RDONLY|sys.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer upper.Close()
+	if len(r.Parents) == 0 {
+		return d.rebaseOnNothing(ctx, s.id, upper, a)
+	}
 	if len(a.Implied) == 0 {
 		return nil
 	}
-	lower, err := d.chainTree(ctx, r.Parents)
+	tree, err := d.chainTree(ctx, r.Parents)
+	if err != nil {
+		return err
+	}
+	defer tree.Close()
+	lower, err := sys.OpenDir(tree.Path())
 	if err != nil {
 		return err
 	}
 	defer lower.Close()
-	b := rebaser{w: d.whiteouts(), dir: dir, implied: a.Implied, named: map[string]bool{}}
-	if b.lower, err = sys.OpenDir(lower.Path()); err != nil {
-		return err
-	}
-	defer b.lower.Close()
-	if b.upper, err = sys.OpenDir(d.fs(s.id)); err != nil {
-		return err
-	}
-	defer b.upper.Close()
+	b := rebaser{w: d.whiteouts(), dir: dir, upper: upper, lower: lower, implied: a.Implied, named: map[string]bool{}}
 	return b.directories(ctx)
 }
 
-// dropWhiteouts deletes the whiteouts of a layer that hides nothing.
-func (d *Driver) dropWhiteouts(ctx context.Context, id drivers.ID) error {
+// rebaseOnNothing deletes the whiteouts of a layer that hides nothing, and the
+// directories that were made for them.
+func (d *Driver) rebaseOnNothing(ctx context.Context, id drivers.ID, upper *sys.Fd, a applied) error {
 	found, err := d.survey(ctx, id, surveyOptions{whiteouts: true})
 	if err != nil || len(found.whiteouts) == 0 {
 		return err
 	}
-	fs, err := sys.OpenDir(d.fs(id))
-	if err != nil {
-		return err
-	}
-	defer fs.Close()
 	for _, p := range found.whiteouts {
-		if err := unlinkKeepingTime(fs, p); err != nil {
+		if err := unlinkKeepingTime(upper, p); err != nil {
+			return err
+		}
+	}
+	deepestFirst(a.Implied)
+	for _, p := range a.Implied {
+		if err := dropHollow(upper, d.whiteouts(), string(p)); err != nil {
 			return err
 		}
 	}
@@ -129,6 +133,7 @@ func (b *rebaser) directories(ctx context.Context) error {
 			return fmt.Errorf("rebase %q: %w", p, err)
 		}
 	}
+	deepestFirst(b.implied)
 	for _, p := range b.implied {
 		if err := ctx.Err(); err != nil {
 			return err
@@ -169,9 +174,14 @@ func (b *rebaser) dress(p string) error {
 		return err
 	}
 	defer to.Close()
+	if p != "." {
+		if made, err := madeUp(to); err != nil || !made {
+			return err
+		}
+	}
 	from, err := openBeneath(b.lower, p)
 	if errors.Is(err, syscall.ENOENT) {
-		return nil // new with this layer
+		return dropHollow(b.upper, b.w, p)
 	}
 	if err != nil {
 		return err
@@ -180,15 +190,66 @@ func (b *rebaser) dress(p string) error {
 	return copyMetadata(to, from, drivers.IDMap{})
 }
 
+// deepestFirst orders directories so that each comes after those in it.
+func deepestFirst(paths [][]byte) {
+	slices.SortFunc(paths, func(a, b []byte) int { return layer.ComparePaths(string(b), string(a)) })
+}
+
+// dropHollow deletes a made-up directory that holds nothing but whiteouts, if the
+// parents have no such directory: it was made for the whiteouts only.
+func dropHollow(fs *sys.Fd, w layer.Whiteouts, p string) error {
+	if p == "." {
+		return nil
+	}
+	dir, err := openBeneath(fs, p)
+	if err != nil {
+		return ignore(err, syscall.ENOENT)
+	}
+	defer dir.Close()
+	ents, err := dir.ReadDir()
+	if err != nil {
+		return err
+	}
+	for _, e := range ents {
+		st, err := dir.Stat(e.Name)
+		if err != nil {
+			return err
+		}
+		if white, err := w.IsWhiteout(dir, e.Name, &st); err != nil || !white {
+			return err
+		}
+	}
+	for _, e := range ents {
+		if err := dir.Unlink(e.Name, 0); err != nil {
+			return err
+		}
+	}
+	parent, err := openBeneath(fs, path.Dir(p))
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	return keepTimes(parent, func() error { return parent.Unlink(path.Base(p), sys.AT_REMOVEDIR) })
+}
+
+// madeUp reports whether a directory has still what Apply gives to one that it
+// knows nothing of: a later archive may have named it, or somebody changed it.
+func madeUp(dir *sys.Fd) (bool, error) {
+	s, err := dir.Stat("")
+	return s.Mode&0o7777 == 0o755 && s.Mtime == sys.Time{}, err
+}
+
 // relocate moves what is below a made-up directory to where the parents' symlink
 // of that name leads, and deletes the directory.
 func (b *rebaser) relocate(p string) error {
 	if p == "." {
 		return nil
 	}
-	if _, err := b.upper.Openat2(p, sys.O_PATH|sys.O_DIRECTORY, 0, sys.RESOLVE_BENEATH|sys.RESOLVE_NO_SYMLINKS); err != nil {
-		return ignore(err, syscall.ENOENT)
+	own, err := openBeneath(b.upper, p)
+	if err != nil {
+		return ignore(err, syscall.ENOENT) // moved already
 	}
+	own.Close()
 	st, err := b.lowerStat(p)
 	if err != nil || st.IsDir() {
 		return ignore(err, syscall.ENOENT)
@@ -330,7 +391,7 @@ func (b *rebaser) merge(src, dst *sys.Fd, from, to string) error {
 	if err != nil {
 		return err
 	}
-	return keepTimes(dst, func() error {
+	move := func() error {
 		for _, e := range ents {
 			err := src.Rename(e.Name, dst, e.Name, sys.RENAME_NOREPLACE)
 			if errors.Is(err, syscall.EEXIST) {
@@ -341,7 +402,8 @@ func (b *rebaser) merge(src, dst *sys.Fd, from, to string) error {
 			}
 		}
 		return nil
-	})
+	}
+	return keepTimes(src, func() error { return keepTimes(dst, move) })
 }
 
 // mergeDirs merges two directories of one name. Of two that the archive names
