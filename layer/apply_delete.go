@@ -49,7 +49,7 @@ func removeAny(in *sys.Fd, n sys.Dirent) error {
 // layer itself has there.
 func (u *unpacker) whiteout(it *item) error {
 	parent, _ := splitPath(fromRoot(it.name))
-	d, err := u.resolve(parent, false)
+	d, err := u.resolveDoomed(parent)
 	if notThere(err) || errors.Is(err, syscall.ENOTDIR) {
 		return nil // nothing there to delete
 	}
@@ -57,6 +57,31 @@ func (u *unpacker) whiteout(it *item) error {
 		return err
 	}
 	return u.hide(spot{d, it.victim, join(d.path, it.victim)})
+}
+
+// resolveDoomed finds the directory that a deletion is about. Over a lower that
+// is not known one that is not in the target may be below: it is implied then,
+// unless something on the way hides the lower.
+func (u *unpacker) resolveDoomed(path string) (*dir, error) {
+	d, err := u.resolve(path, false)
+	if !notThere(err) || u.root.below != unknown {
+		return d, err
+	}
+	for p := path; ; {
+		var name string
+		p, name = splitPath(p)
+		above, aerr := u.resolve(p, false)
+		if notThere(aerr) && p != "" {
+			continue
+		}
+		if aerr != nil || above.below != unknown {
+			return nil, err
+		}
+		if white, werr := u.isWhiteout(spot{above, name, ""}); werr != nil || white {
+			return nil, err
+		}
+		return u.resolve(path, true)
+	}
 }
 
 // hide deletes what was at s before this layer.
@@ -151,7 +176,7 @@ func (u *unpacker) hideBehind(s spot) error {
 // opaque deletes what was in the marker's directory before this layer.
 func (u *unpacker) opaque(it *item) error {
 	parent, _ := splitPath(fromRoot(it.name))
-	d, err := u.resolve(parent, false)
+	d, err := u.resolveDoomed(parent)
 	if notThere(err) || errors.Is(err, syscall.ENOTDIR) {
 		return nil
 	}
