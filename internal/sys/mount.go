@@ -91,22 +91,27 @@ func (c *FsContext) Close() error { return c.fd.Close() }
 
 // SetFlag sets a parameter that takes no value.
 func (c *FsContext) SetFlag(key string) error {
-	return c.err("fsconfig "+key, retry(func() error { return unix.FsconfigSetFlag(c.fd.n, key) }))
+	if err := retry(func() error { return unix.FsconfigSetFlag(c.fd.n, key) }); err != nil {
+		return c.err("fsconfig "+key, err)
+	}
+	return nil
 }
 
 // SetString sets a parameter to a value of at most MaxFsconfigString bytes.
 func (c *FsContext) SetString(key, value string) error {
-	return c.err("fsconfig "+key+"="+value, retry(func() error {
-		return unix.FsconfigSetString(c.fd.n, key, value)
-	}))
+	if err := retry(func() error { return unix.FsconfigSetString(c.fd.n, key, value) }); err != nil {
+		return c.err("fsconfig "+key+"="+value, err)
+	}
+	return nil
 }
 
 // SetFd sets a parameter to an open file. overlayfs takes its layers so from
 // kernel 6.13 on.
 func (c *FsContext) SetFd(key string, f *Fd) error {
-	return c.err("fsconfig "+key+"="+f.Name(), retry(func() error {
-		return unix.FsconfigSetFd(c.fd.n, key, f.n)
-	}))
+	if err := retry(func() error { return unix.FsconfigSetFd(c.fd.n, key, f.n) }); err != nil {
+		return c.err("fsconfig "+key+"="+f.Name(), err)
+	}
+	return nil
 }
 
 // Create makes the file system instance.
