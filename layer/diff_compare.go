@@ -110,22 +110,28 @@ func (d *differ) sameBytes(f, t *node) (bool, error) {
 	if d.bufs[0] == nil {
 		d.bufs = [2][]byte{make([]byte, 128<<10), make([]byte, 128<<10)}
 	}
-	for {
+	for left := f.e.Size; left > 0; {
 		if err := d.ctx.Err(); err != nil {
 			return false, err
 		}
-		n, err1 := io.ReadFull(a, d.bufs[0])
-		m, err2 := io.ReadFull(b, d.bufs[1])
-		if err := errors.Join(notEOF(err1), notEOF(err2)); err != nil {
+		n := min(left, int64(len(d.bufs[0])))
+		same, err := sameNext(a, b, d.bufs[0][:n], d.bufs[1][:n])
+		if err != nil || !same {
 			return false, err
 		}
-		if !bytes.Equal(d.bufs[0][:n], d.bufs[1][:m]) {
-			return false, nil
-		}
-		if err1 != nil || err2 != nil {
-			return (err1 == nil) == (err2 == nil), nil
-		}
+		left -= n
 	}
+	return true, nil
+}
+
+// sameNext compares the next bytes of two files, as many as the buffers take.
+func sameNext(a, b io.Reader, p, q []byte) (bool, error) {
+	n, err1 := io.ReadFull(a, p)
+	m, err2 := io.ReadFull(b, q)
+	if err := errors.Join(notEOF(err1), notEOF(err2)); err != nil {
+		return false, err
+	}
+	return bytes.Equal(p[:n], q[:m]), nil
 }
 
 func notEOF(err error) error {

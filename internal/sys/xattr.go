@@ -20,7 +20,7 @@ func (f *Fd) path(name string) string {
 func (f *Fd) Listxattr(name string) ([]string, error) {
 	b, err := grow(256, func(b []byte) (int, error) {
 		if name != "" {
-			return unix.Llistxattr(f.path(name), b)
+			return f.listxattrat(name, b)
 		}
 		n, err := unix.Flistxattr(f.n, b)
 		if err == unix.EBADF { // O_PATH: the magic link must be followed
