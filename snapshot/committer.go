@@ -155,7 +155,7 @@ var errUnsure = errors.New("whether the record was written is not known")
 // error is that of the database and everybody's.
 func commitBatch(db *bolt.DB, batch []*call) error {
 	for {
-		err := tryBatch(db, batch)
+		err := guard("write", func() error { return tryBatch(db, batch) })
 		if !errors.Is(err, errAgain) {
 			return err
 		}

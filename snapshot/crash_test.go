@@ -335,11 +335,18 @@ func stress(t *testing.T, driver string, length time.Duration) {
 		t.Fatal("the processes hang")
 	}
 	s := reopen(t, root)
-	t.Logf("%d processes ran, %d killed; the last open recovered %d things", stress.runs, stress.killed, len(s.Recovered()))
+	v := view(t, s, "v", driver)
+	must(t, second(v.Prepare(t.Context(), "last", "base")))
+	last, err := v.Record(t.Context(), "last")
+	must(t, err)
+	t.Logf("%d processes ran, %d killed; IDs up to %d; the last open recovered %d things", stress.runs, stress.killed, last.ID, len(s.Recovered()))
+	if last.ID < 50 {
+		t.Errorf("only %d layers were made: they hinder each other", last.ID)
+	}
 	if stress.killed == 0 {
 		t.Error("none was killed")
 	}
-	must(t, view(t, s, "v", driver).Cleanup(t.Context()))
+	must(t, v.Cleanup(t.Context()))
 	clean(t, s)
 }
 
@@ -416,4 +423,31 @@ func putJob(ctx context.Context, j job) error {
 	}
 	_, err = v.Prepare(ctx, fmt.Sprintf("put-%d", j.Seed), "base")
 	return errors.Join(err, s.Close())
+}
+
+// TestCrashInRecovery kills the recovery itself at each of its steps.
+func TestCrashInRecovery(t *testing.T) {
+	testenv.Root(t)
+	for _, driver := range []string{"native", "overlay"} {
+		t.Run(driver, func(t *testing.T) {
+			steps := stepsOf(t, driver)
+			made := slices.Index(steps, "store: create: made") + 1
+			frozen := slices.Index(steps, "store: commit: frozen") + 1
+			if made == 0 || frozen == 0 {
+				t.Fatalf("steps %v", steps)
+			}
+			for _, first := range []int{made, frozen} {
+				for then := 1; then <= 4; then++ {
+					root := seedStore(t, driver)
+					_ = job{Name: "life", Root: root, Driver: driver, KillAt: first}.command().Run()
+					_ = job{Name: "put", Root: root, Driver: driver, Seed: 1, KillAt: then}.command().Run()
+					s := reopen(t, root)
+					wholeSnapshots(t, view(t, s, "v", driver))
+					clean(t, s)
+					must(t, s.Close())
+					clean(t, open(t, root))
+				}
+			}
+		})
+	}
 }

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime/debug"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -274,14 +276,29 @@ func (d *database) takeTurn() (*sys.Lock, error) {
 // foreign program has the file open.
 func (d *database) openBolt() (*bolt.DB, error) {
 	_, statErr := os.Stat(d.path("db.bolt"))
-	db, err := bolt.Open(d.path("db.bolt"), 0o600, &bolt.Options{
-		Timeout:         time.Second,
-		ReadOnly:        d.readOnly,
-		NoSync:          d.noSync,
-		NoStatistics:    true,
-		FreelistType:    bolt.FreelistMapType,
-		InitialMmapSize: 1 << 20,
+	var db *bolt.DB
+	var file *os.File
+	err := guard("open", func() (err error) {
+		db, err = bolt.Open(d.path("db.bolt"), 0o600, &bolt.Options{
+			Timeout:         time.Second,
+			ReadOnly:        d.readOnly,
+			NoSync:          d.noSync,
+			NoStatistics:    true,
+			FreelistType:    bolt.FreelistMapType,
+			InitialMmapSize: 1 << 20,
+			OpenFile: func(name string, flag int, mode os.FileMode) (_ *os.File, err error) {
+				file, err = os.OpenFile(name, flag, mode)
+				return file, err
+			},
+		})
+		return err
 	})
+	if db == nil && file != nil {
+		// A panic left it open and mapped; the mapping keeps the flock unless it is
+		// dropped by itself. After an error these do nothing.
+		_ = syscall.Flock(int(file.Fd()), syscall.LOCK_UN)
+		file.Close()
+	}
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("database %s is open in a program that is not layerctl: %w", d.path("db.bolt"), errdefs.ErrUnavailable)
 	}
@@ -347,19 +364,37 @@ func (d *database) view(ctx context.Context, fn func(*txn) error) error {
 		return err
 	}
 	defer d.leave()
-	tx, err := db.Begin(false)
-	if err != nil {
-		return dbError("read", err)
-	}
-	defer func() { _ = tx.Rollback() }() // the end of every read transaction
-	return fn(&txn{tx: tx})
+	return guard("read", func() error {
+		tx, err := db.Begin(false)
+		if err != nil {
+			return dbError("read", err)
+		}
+		defer func() { _ = tx.Rollback() }() // the end of every read transaction
+		return fn(&txn{tx: tx})
+	})
+}
+
+// guard turns the panic with which bbolt meets a damaged file into an error. A
+// panic of another origin goes on.
+func guard(op string, f func() error) (err error) {
+	defer func() {
+		p := recover()
+		if p == nil {
+			return
+		}
+		if !strings.Contains(string(debug.Stack()), "go.etcd.io/bbolt") {
+			panic(p)
+		}
+		err = fmt.Errorf("database: %s: damaged: %v: %w", op, p, errdefs.ErrDataLoss)
+	}()
+	return f()
 }
 
 // dbError gives an error of the database a sentinel: full disks, read-only
 // file systems and damaged files are told apart.
 func dbError(op string, err error) error {
-	if err == nil {
-		return nil
+	if err == nil || errdefs.Resolve(err) != errdefs.ErrUnknown {
+		return err
 	}
 	var s error = errdefs.ErrInternal
 	switch {

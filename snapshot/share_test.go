@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/snapshot"
 )
@@ -139,6 +141,64 @@ func TestLeaseOfTheLivingIsLeftAlone(t *testing.T) {
 	must(t, second(v.Prepare(ctx, "x", "base")))
 	if tried != 1 {
 		t.Fatal("the hook was not called")
+	}
+	clean(t, a)
+}
+
+// TestCommitKeepsOthersOut: while a layer is being committed in one Store,
+// another waits for it, and its caller may give up.
+func TestCommitKeepsOthersOut(t *testing.T) {
+	root := seedStore(t, "native")
+	a, b := open(t, root), open(t, root)
+	va, vb := view(t, a, "v", "native"), view(t, b, "v", "native")
+	must(t, second(va.Prepare(t.Context(), "act", "base")))
+	tried := false
+	ctx := withHook(t.Context(), func(step string) error {
+		if step != "store: commit: intended" {
+			return nil
+		}
+		tried = true
+		short, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
+		defer cancel()
+		wants(t, second(vb.Mounts(short, "act")), context.DeadlineExceeded)
+		wants(t, vb.Commit(short, "other", "act"), context.DeadlineExceeded)
+		wants(t, vb.Remove(short, "act"), context.DeadlineExceeded)
+		wants(t, second(vb.Prepare(short, "done", "")), context.DeadlineExceeded)
+		c := open(t, root) // and recovery leaves it alone
+		must(t, c.Close())
+		return nil
+	})
+	must(t, va.Commit(ctx, "done", "act"))
+	if !tried {
+		t.Fatal("the hook was not called")
+	}
+	wants(t, second(vb.Mounts(t.Context(), "act")), errdefs.ErrNotFound)
+	must(t, a.FinishListings(t.Context()))
+	clean(t, b)
+}
+
+// TestParentStaysWhileUsed: a parent that is removed while a child is being made
+// keeps its bytes until that has failed.
+func TestParentStaysWhileUsed(t *testing.T) {
+	root := seedStore(t, "native")
+	a, b := open(t, root), open(t, root)
+	va, vb := view(t, a, "v", "native"), view(t, b, "v", "native")
+	ctx := withHook(t.Context(), func(step string) error {
+		if step == "store: create: made" {
+			must(t, vb.Remove(t.Context(), "base"))
+			r, err := b.GC(t.Context())
+			must(t, err)
+			if len(r.Left) != 1 || r.Layers != 0 {
+				t.Errorf("gc while the parent is used: %+v", r)
+			}
+		}
+		return nil
+	})
+	wants(t, second(va.Prepare(ctx, "x", "base")), errdefs.ErrNotFound)
+	r, err := b.GC(t.Context())
+	must(t, err)
+	if r.Layers != 1 {
+		t.Errorf("gc after: %+v", r)
 	}
 	clean(t, a)
 }

@@ -129,6 +129,31 @@ func TestReadOnlyFileSystem(t *testing.T) {
 	equal(t, "keys", keys(t, view(t, open(t, root, readOnly), "v", "native")), []string{"base"})
 }
 
+// TestDamagedDatabase: whatever is overwritten in db.bolt, calls end in an
+// error, or in the truth.
+func TestDamagedDatabase(t *testing.T) {
+	root := seedStore(t, "native")
+	whole, err := os.ReadFile(filepath.Join(root, "db.bolt"))
+	must(t, err)
+	used := min(len(whole), 64<<10)
+	for off := 0; off < used; off += 1024 {
+		broken := append([]byte(nil), whole...)
+		copy(broken[off:], strings.Repeat("\xff\x00\x7f", 200))
+		must(t, os.WriteFile(filepath.Join(root, "db.bolt"), broken, 0o600))
+		o := snapshot.Options{Registry: registry(), NoListings: true}
+		s, err := snapshot.Open(t.Context(), root, o)
+		if err != nil {
+			wants(t, err, errdefs.ErrDataLoss)
+			continue
+		}
+		v := view(t, s, "v", "native")
+		_, _ = v.Stat(t.Context(), "base")
+		_, _ = v.Prepare(t.Context(), "x", "base")
+		_, _ = s.Check(t.Context(), snapshot.CheckOptions{})
+		_ = s.Close()
+	}
+}
+
 // TestFullDisk: nothing is lost and nothing half-made stays; with room again all
 // goes on.
 func TestFullDisk(t *testing.T) {
