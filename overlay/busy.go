@@ -2,7 +2,9 @@ package overlay
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"syscall"
 
@@ -10,6 +12,7 @@ import (
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/kprobe"
+	"github.com/layerctl/layerctl/internal/sys"
 	lmount "github.com/layerctl/layerctl/mount"
 )
 
@@ -78,6 +81,9 @@ func (d *Driver) refuseUpper(id drivers.ID) error {
 	s, err := d.load(id)
 	if err != nil || !s.writable() || s.parent() == 0 && !s.applied {
 		return nil // half-made, or never an upper
+	}
+	if _, err := sys.LstatPath(d.path(id.String(), workDir, workDir)); errors.Is(err, os.ErrNotExist) {
+		return nil // overlayfs makes work/work when it mounts: it never has
 	}
 	used, where, err := lmount.UpperInUse(d.fs(id), d.path(id.String(), workDir))
 	if err != nil || used != kprobe.Yes {

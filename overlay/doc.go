@@ -7,6 +7,7 @@
 // # On disk
 //
 //	ROOT/format.json     {"format":1,"xattrs":"trusted"}: the encoding of whiteouts
+//	ROOT/probed.json     what the kernel answered in this boot
 //	ROOT/empty.dir/      the lower of a chain that would have none
 //	ROOT/ID/fs/          the layer's files, whiteouts as overlayfs has them
 //	ROOT/ID/work/        overlayfs's scratch; gone once the layer is committed

@@ -56,7 +56,7 @@ func Open(ctx context.Context, c drivers.Config) (*Driver, error) {
 	if err := sweepProbes(root); err != nil {
 		return nil, drivers.Wrap(driverName, "open", 0, err)
 	}
-	f := probeFeatures(ctx, root)
+	f := rootFeatures(ctx, root)
 	if f.works.Answer != kprobe.Yes {
 		return nil, fmt.Errorf("overlay: open %s: %s: %w", root, f.reason(), unavailable(f))
 	}

@@ -6,12 +6,14 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
@@ -38,6 +40,7 @@ func newBench(t testing.TB, kind string, o map[string]string, fs ...testenv.Opti
 	t.Helper()
 	testenv.Leaks(t)
 	b := &bench{TB: t, ctx: context.Background(), dir: testenv.FS(t, kind, fs...)}
+	b.check(os.Chmod(filepath.Dir(b.dir), 0o755)) // other users have tests here, too
 	b.open(o)
 	return b
 }
@@ -425,6 +428,35 @@ func TestProbesAreSwept(t *testing.T) {
 	}
 }
 
+// What is remembered of the probes is what they say, and is asked again when
+// anything that it depends on is another.
+func TestProbesAreRemembered(t *testing.T) {
+	b := newBench(t, "ext4", nil)
+	first := b.features
+	b.open(nil)
+	for i, r := range b.features.all {
+		if was := first.all[i]; r.Feature != was.Feature || r.Answer != was.Answer || r.Detail != was.Detail {
+			t.Errorf("%s was %s", r, was)
+		}
+	}
+	if !maps.Equal(b.features.known, first.known) || b.features.fs != first.fs {
+		t.Errorf("%+v was %+v", b.features, first)
+	}
+	text, err := os.ReadFile(b.root + "/" + probedFile)
+	b.check(err)
+	lie := strings.Replace(string(text), `"feature":"lowerdir+","yes":true`, `"feature":"lowerdir+","yes":false`, 1)
+	b.file(b.root+"/"+probedFile, lie)
+	if b.open(nil); b.features.has(featLowerdirs) {
+		t.Error("it was asked again though nothing changed")
+	}
+	for _, bad := range []string{strings.Replace(lie, bootID(), "another boot", 1), lie[:len(lie)/2], ""} {
+		b.file(b.root+"/"+probedFile, bad)
+		if b.open(nil); !b.features.has(featLowerdirs) {
+			t.Errorf("believed: %s", bad)
+		}
+	}
+}
+
 func TestFormat(t *testing.T) {
 	b := newBench(t, "tmpfs", nil)
 	for _, c := range []struct{ text, says string }{
@@ -528,7 +560,7 @@ func TestRemoveDeep(t *testing.T) {
 	names, err := b.names()
 	b.check(err)
 	slices.Sort(names)
-	if !slices.Equal(names, []string{emptyDir, formatFile}) {
+	if !slices.Equal(names, []string{emptyDir, formatFile, probedFile}) {
 		t.Errorf("left: %v", names)
 	}
 }
@@ -617,3 +649,5 @@ func quotaInKernel() bool {
 	}
 	return bytes.Contains(b, []byte("CONFIG_QFMT_V2="))
 }
+
+func unixTime(sec int64) time.Time { return time.Unix(sec, 0) }

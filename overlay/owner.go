@@ -58,13 +58,11 @@ func sameDir(a, b string) bool {
 	return err1 == nil && err2 == nil && sa.Dev == sb.Dev && sa.Ino == sb.Ino
 }
 
-// findInFS finds out where in its file system the root is: what the root field of
-// mountinfo says of a bind mount of a layer. It stays empty where that cannot be
-// known.
-func (d *Driver) findInFS() {
+// mountInfo describes the mount that the root lies on.
+func (d *Driver) mountInfo() (lmount.Info, bool) {
 	infos, err := lmount.List()
 	if err != nil {
-		return
+		return lmount.Info{}, false
 	}
 	best := -1
 	for i, in := range infos { // a later mount at the same place covers an earlier one
@@ -73,9 +71,19 @@ func (d *Driver) findInFS() {
 		}
 	}
 	if best < 0 {
+		return lmount.Info{}, false
+	}
+	return infos[best], true
+}
+
+// findInFS finds out where in its file system the root is: what the root field of
+// mountinfo says of a bind mount of a layer. It stays empty where that cannot be
+// known.
+func (d *Driver) findInFS() {
+	in, ok := d.mountInfo()
+	if !ok {
 		return
 	}
-	in := infos[best]
 	rel, err := filepath.Rel(in.Target, d.real)
 	if err != nil {
 		return
