@@ -331,16 +331,16 @@ var pairs = []pair{
 	{name: "sparse files",
 		base: func(w *work) {
 			w.file("hole", "")
-			w.truncate("hole", 1<<23)
+			w.truncate("hole", 1<<21)
 			w.file("both", "data")
 			w.truncate("both", 1<<20)
 			w.overwrite("both", 1<<19, "in the middle")
 		},
 		change: func(w *work) {
 			w.overwrite("both", 1<<18, "more")
-			w.truncate("both", 1<<21)
+			w.truncate("both", 3<<19)
 			w.file("new", "x")
-			w.truncate("new", 1<<22)
+			w.truncate("new", 1<<20)
 		}},
 	{name: "fifos",
 		base: func(w *work) { w.mknod("p", sys.S_IFIFO|0o622, 0, 0); w.mknod("q", sys.S_IFIFO|0o600, 0, 0) },
@@ -357,7 +357,7 @@ var pairs = []pair{
 		base: func(w *work) {
 			w.mknod("null", sys.S_IFCHR|0o666, 1, 3)
 			w.mknod("sda", sys.S_IFBLK|0o660, 8, 0)
-			w.mknod("large", sys.S_IFCHR|0o600, 4095, 262_143) // xfs takes 18 bits
+			w.mknod("large", sys.S_IFCHR|0o600, 511, 262_143) // the most that xfs takes
 		},
 		change: func(w *work) {
 			w.unlink("sda")
@@ -462,22 +462,22 @@ var pairs = []pair{
 		change: func(w *work) { w.file("n/a/b", "1"); w.rename("n", "d/m"); w.rename("d/m/a", "a") }},
 	{name: "many entries of one directory",
 		base: func(w *work) {
-			for i := range 1500 {
+			for i := range 600 {
 				w.file("d/"+itoa(i), "")
 			}
 		},
 		change: func(w *work) {
-			for i := 0; i < 1500; i += 10 {
+			for i := 0; i < 600; i += 10 {
 				w.unlink("d/" + itoa(i))
 			}
-			w.append("d/777", "x")
+			w.append("d/77", "x")
 		}},
 	{name: "large file changed in one place",
-		base:   func(w *work) { w.file("f", strings.Repeat("0123456789abcdef", 1<<17)) },
-		change: func(w *work) { w.overwrite("f", 1<<20, "changed") }},
+		base:   func(w *work) { w.file("f", strings.Repeat("0123456789abcdef", 1<<16)) },
+		change: func(w *work) { w.overwrite("f", 1<<19, "changed") }},
 	{name: "deep directories",
-		base:   func(w *work) { w.file(strings.Repeat("d/", 200)+"f", "x") },
-		change: func(w *work) { w.append(strings.Repeat("d/", 200)+"f", "y"); w.remove(strings.Repeat("d/", 199) + "e") }},
+		base:   func(w *work) { w.file(strings.Repeat("d/", 60)+"f", "x") },
+		change: func(w *work) { w.append(strings.Repeat("d/", 60)+"f", "y"); w.remove(strings.Repeat("d/", 59) + "e") }},
 	{name: "path longer than PATH_MAX",
 		base:   func(w *work) { deep(w, "f", "x") },
 		change: func(w *work) { deep(w, "g", "y") }},

@@ -22,8 +22,8 @@ type kit struct {
 	ctx    context.Context
 	driver drivers.Driver
 	caps   drivers.Capabilities
-	root   string // the driver's
-	beside string // a directory of the same file system
+	root   string   // the driver's
+	beside string   // a directory of the same file system
 	mounts []string // targets, newest last
 	*counts
 }

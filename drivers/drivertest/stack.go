@@ -20,7 +20,7 @@ var stackCases = []testCase{
 // below added.
 func storey(w *work, n int) {
 	w.Helper()
-	if n%10 == 0 { // a driver of copies copies them all in every layer
+	if n%50 == 0 { // a driver of copies copies them all in every layer
 		w.file(fmt.Sprintf("kept/%d", n), itoa(n))
 	}
 	w.file("shared", itoa(n))
@@ -28,7 +28,7 @@ func storey(w *work, n int) {
 	if n > 0 {
 		w.unlink(fmt.Sprintf("short-lived-%d", n-1))
 	}
-	if n%10 == 9 {
+	if n%5 == 4 {
 		w.remove("again")
 	}
 	w.file(fmt.Sprintf("again/%d", n), "")
