@@ -20,7 +20,6 @@ import (
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/faults"
 	"github.com/layerctl/layerctl/internal/testenv"
-	"github.com/layerctl/layerctl/mount"
 	"github.com/layerctl/layerctl/snapshot"
 )
 
@@ -105,12 +104,12 @@ func put(ctx context.Context, v *snapshot.View, key, name, content string) error
 	if err != nil {
 		return err
 	}
-	t, err := mount.Detached(ctx, ms)
+	dir, done, err := reach(ctx, ms)
 	if err != nil {
 		return err
 	}
-	defer t.Close()
-	return os.WriteFile(t.Path()+"/"+name, []byte(content), 0o644)
+	defer done()
+	return os.WriteFile(dir+"/"+name, []byte(content), 0o644)
 }
 
 // TestCrashAtEveryStep kills a process at each step of everything it does, the

@@ -15,7 +15,6 @@ import (
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/native"
 	"github.com/layerctl/layerctl/internal/testenv"
-	"github.com/layerctl/layerctl/layer"
 	"github.com/layerctl/layerctl/mount"
 	"github.com/layerctl/layerctl/overlay"
 	"github.com/layerctl/layerctl/snapshot"
@@ -136,17 +135,29 @@ func write(t testing.TB, v *snapshot.View, key string, files map[string]string) 
 	t.Helper()
 	ms, err := v.MountsWith(t.Context(), key, drivers.MountOptions{})
 	must(t, err)
-	dir, err := mount.Detached(t.Context(), ms)
+	dir, done, err := reach(t.Context(), ms)
 	must(t, err)
-	defer dir.Close()
+	defer done()
 	for name, content := range files {
 		if content == "" {
-			must(t, os.RemoveAll(filepath.Join(dir.Path(), name)))
+			must(t, os.RemoveAll(filepath.Join(dir, name)))
 			continue
 		}
-		must(t, os.MkdirAll(filepath.Dir(filepath.Join(dir.Path(), name)), 0o755))
-		must(t, os.WriteFile(filepath.Join(dir.Path(), name), []byte(content), 0o644))
+		must(t, os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755))
+		must(t, os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644))
 	}
+}
+
+// reach makes mounts reachable: a bind's source needs no mount, and no root.
+func reach(ctx context.Context, ms []mount.Mount) (dir string, done func(), err error) {
+	if len(ms) == 1 && ms[0].Type == "bind" {
+		return ms[0].Source, func() {}, nil
+	}
+	t, err := mount.Detached(ctx, ms)
+	if err != nil {
+		return "", nil, err
+	}
+	return t.Path(), func() { _ = t.Close() }, nil
 }
 
 // layerOf prepares, writes and commits.
@@ -183,5 +194,3 @@ func keys(t testing.TB, v *snapshot.View, fs ...string) (names []string) {
 	}, fs...))
 	return names
 }
-
-var _ = layer.Added
