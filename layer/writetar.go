@@ -46,24 +46,16 @@ type TarResult struct {
 // an error that wraps ErrAborted, a changeset out of order one that wraps
 // ErrInvalidArgument. After an error what w has is not a whole tar.
 func WriteTar(ctx context.Context, w io.Writer, changes iter.Seq2[Change, error], o TarOptions) (TarResult, error) {
-	t := tarWriter{
-		ctx: ctx, o: o,
-		out: hashedWriter{w: w, hash: sha256.New(), buf: make([]byte, 0, tarBuffer), progress: o.Progress},
-	}
+	t := tarWriter{ctx: ctx, o: o, out: newHashedWriter(w, o.Progress)}
 	if o.Listing != nil {
 		t.content = sha256.New()
 	}
-	for c, err := range changes {
-		if err != nil {
-			return t.res, err
-		}
-		if err := t.change(&c); err != nil {
-			return t.res, fmt.Errorf("layer: write tar: %s: %w", c.Entry.Path, err)
-		}
+	err := t.changes(changes)
+	if werr := t.out.close(); err == nil && werr != nil {
+		err = fmt.Errorf("layer: write tar: %w", werr)
 	}
-	t.out.append(zeros[:])
-	if err := t.out.flush(); err != nil {
-		return t.res, fmt.Errorf("layer: write tar: %w", err)
+	if err != nil {
+		return t.res, err
 	}
 	t.res.DiffID = digest.NewDigest(digest.SHA256, t.out.hash)
 	t.res.Size = t.out.size
@@ -79,10 +71,26 @@ var zeros [2 * blockSize]byte
 type tarWriter struct {
 	ctx     context.Context
 	o       TarOptions
-	out     hashedWriter
+	out     *hashedWriter
 	content hash.Hash // of one file, for the listing; nil for none
 	res     TarResult
 	last    string // path of the change before
+}
+
+func (t *tarWriter) changes(s iter.Seq2[Change, error]) error {
+	for c, err := range s {
+		if err != nil {
+			return err
+		}
+		if err := t.change(&c); err != nil {
+			return fmt.Errorf("layer: write tar: %s: %w", c.Entry.Path, err)
+		}
+	}
+	t.out.append(zeros[:])
+	if err := t.out.flush(); err != nil {
+		return fmt.Errorf("layer: write tar: %w", err)
+	}
+	return nil
 }
 
 func (t *tarWriter) change(c *Change) error {
@@ -221,13 +229,51 @@ func (t *tarWriter) copyFrom(r io.Reader, size int64) error {
 	return notEOF(err)
 }
 
-// hashedWriter gathers what goes to w and hashes it.
+// hashedWriter gathers what goes to w; another goroutine hashes and writes it,
+// while the caller reads the next files.
 type hashedWriter struct {
 	w        io.Writer
 	hash     hash.Hash
 	buf      []byte
-	size     int64 // bytes flushed
+	size     int64 // bytes handed over
 	progress func(int64)
+	full     chan []byte
+	free     chan []byte
+	failed   chan struct{} // closed when err is set
+	done     chan struct{} // closed when the goroutine has ended
+	err      error         // set before failed is closed
+}
+
+func newHashedWriter(w io.Writer, progress func(int64)) *hashedWriter {
+	h := &hashedWriter{
+		w: w, hash: sha256.New(), buf: make([]byte, 0, tarBuffer), progress: progress,
+		full: make(chan []byte, 1), free: make(chan []byte, 3), failed: make(chan struct{}), done: make(chan struct{}),
+	}
+	h.free <- make([]byte, 0, tarBuffer)
+	h.free <- make([]byte, 0, tarBuffer)
+	go h.run()
+	return h
+}
+
+func (h *hashedWriter) run() {
+	defer close(h.done)
+	for b := range h.full {
+		if h.err == nil {
+			h.hash.Write(b)
+			n, err := h.w.Write(b)
+			if err == nil && n < len(b) {
+				err = io.ErrShortWrite
+			}
+			if err != nil {
+				h.err = err
+				close(h.failed)
+			}
+		}
+		if cap(b) > 2*tarBuffer { // a header with huge PAX records made it grow
+			b = make([]byte, 0, tarBuffer)
+		}
+		h.free <- b[:0]
+	}
 }
 
 func (h *hashedWriter) append(p []byte) { h.buf = append(h.buf, p...) }
@@ -246,19 +292,26 @@ func (h *hashedWriter) readFrom(r io.Reader, left int64) (int, error) {
 	return got, err
 }
 
+// flush hands the buffer over and takes an empty one.
 func (h *hashedWriter) flush() error {
-	h.hash.Write(h.buf)
-	n, err := h.w.Write(h.buf)
-	if err == nil && n < len(h.buf) {
-		err = io.ErrShortWrite
-	}
 	h.size += int64(len(h.buf))
-	if cap(h.buf) > 2*tarBuffer { // a header with huge PAX records made it grow
-		h.buf = make([]byte, 0, tarBuffer)
-	}
-	h.buf = h.buf[:0]
+	h.full <- h.buf
+	h.buf = <-h.free
 	if h.progress != nil {
 		h.progress(h.size)
 	}
-	return err
+	select {
+	case <-h.failed:
+		return h.err
+	default:
+		return nil
+	}
+}
+
+// close waits until all that was handed over is written. Nothing uses w or hash
+// from then on.
+func (h *hashedWriter) close() error {
+	close(h.full)
+	<-h.done
+	return h.err
 }
