@@ -96,7 +96,11 @@ func (a *archive) scan(ctx context.Context, tr *tar.Reader, lim Limits, keep fun
 		if over(n+1, lim.Entries) || over(total, lim.Size) {
 			return fmt.Errorf("entry %q: more than %d entries or %d bytes: %w", hdr.Name, lim.Entries, lim.Size, errdefs.ErrResourceExhausted)
 		}
-		if err := a.note(hdr, tr, keep); err != nil {
+		err = a.note(hdr, tr, keep)
+		if errors.Is(err, io.ErrUnexpectedEOF) {
+			err = fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+		}
+		if err != nil {
 			return fmt.Errorf("entry %q: %w", hdr.Name, err)
 		}
 	}

@@ -147,35 +147,40 @@ func (k *sink) writeDocker(ctx context.Context, w io.Writer, img Image, o SaveOp
 }
 
 // writePlain writes a layer uncompressed. A tar says the size first, so it is
-// read twice: once for its length, once for its bytes.
+// read twice: once for its length, once, verified, for its bytes.
 func (k *sink) writePlain(ctx context.Context, t *tarWriter, name string, l Layer, m *meter) error {
-	size, err := k.readPlain(ctx, l, func(r io.Reader) error {
-		_, err := io.CopyBuffer(onlyWriter{io.Discard}, ctxReader{ctx, r}, make([]byte, copyBuffer))
-		return err
-	})
-	if err != nil {
-		return err
-	}
-	m.event.Total = size
-	_, err = k.readPlain(ctx, l, func(r io.Reader) error {
-		t.copy(ctx, name, size, &progressReader{r, m.add})
-		return t.err
-	})
-	return err
-}
-
-// readPlain reads a layer's tar, verified, and returns its length.
-func (k *sink) readPlain(ctx context.Context, l Layer, read func(io.Reader) error) (int64, error) {
 	ra, err := k.ReaderAt(ctx, l.Blob)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer ra.Close()
-	br, err := layer.NewBlobReader(content.NewReader(ra), layer.Blob{Digest: l.Blob.Digest, Size: l.Blob.Size, DiffID: l.DiffID})
+	size, err := plainSize(ctx, ra)
+	if err != nil {
+		return fmt.Errorf("blob %s: %w", l.Blob.Digest, err)
+	}
+	blob := io.NewSectionReader(ra, 0, ra.Size())
+	br, err := layer.NewBlobReader(blob, layer.Blob{Digest: l.Blob.Digest, Size: l.Blob.Size, DiffID: l.DiffID})
+	if err != nil {
+		return fmt.Errorf("blob %s: %w", l.Blob.Digest, err)
+	}
+	defer br.Close()
+	m.event.Total = size
+	t.copy(ctx, name, size, &progressReader{br, m.add})
+	if t.err != nil {
+		return fmt.Errorf("blob %s: %w", l.Blob.Digest, t.err)
+	}
+	return nil
+}
+
+// plainSize returns the uncompressed length of a blob.
+func plainSize(ctx context.Context, ra content.ReaderAt) (int64, error) {
+	r, comp, err := layer.Decompress(ctxReader{ctx, io.NewSectionReader(ra, 0, ra.Size())})
 	if err != nil {
 		return 0, err
 	}
-	defer br.Close()
-	var n int64
-	return n, read(&progressReader{br, func(m int64) { n += m }})
+	defer r.Close()
+	if comp == layer.None {
+		return ra.Size(), nil
+	}
+	return io.CopyBuffer(onlyWriter{io.Discard}, r, make([]byte, copyBuffer))
 }

@@ -38,7 +38,7 @@ func (c *composer) compose(ctx context.Context, key string) (Image, error) {
 	if err != nil {
 		return Image{}, err
 	}
-	layers, err := c.layers(ctx)
+	layers, err := c.layers(ctx, base)
 	if err != nil {
 		return Image{}, err
 	}
@@ -105,14 +105,10 @@ func sameLayers(a, b []Layer) bool {
 }
 
 // layers has each layer's blob, kept or made.
-func (c *composer) layers(ctx context.Context) ([]Layer, error) {
+func (c *composer) layers(ctx context.Context, base *Manifest) ([]Layer, error) {
 	layers := make([]Layer, len(c.chain))
 	for i, info := range c.chain {
-		l, ok := keptLayer(info.Labels)
-		if ok { // the labels are whole; is the blob still kept?
-			size, have := c.s.layout.size(l.Blob.Digest)
-			ok = have && size == l.Blob.Size
-		}
+		l, ok := c.kept(i, base)
 		if !ok {
 			var err error
 			if l, err = c.makeLayer(ctx, i); err != nil {
@@ -122,6 +118,21 @@ func (c *composer) layers(ctx context.Context) ([]Layer, error) {
 		layers[i] = l
 	}
 	return layers, nil
+}
+
+// kept finds a blob of layer i that the store has: the base's, else the one that
+// the snapshot was unpacked from.
+func (c *composer) kept(i int, base *Manifest) (Layer, bool) {
+	if base != nil && i < len(base.Layers) && base.Layers[i].ChainID.String() == c.chain[i].Name && c.has(base.Layers[i].Blob) {
+		return base.Layers[i], true
+	}
+	l, ok := keptLayer(c.chain[i].Labels)
+	return l, ok && c.has(l.Blob)
+}
+
+func (c *composer) has(d ocispec.Descriptor) bool {
+	size, ok := c.s.layout.size(d.Digest)
+	return ok && size == d.Size
 }
 
 // keptLayer reads the labels that Unpack set.

@@ -35,6 +35,5 @@
 //
 // A blob that is in the store is taken to be what its name says, if its size is
 // right; Check reads them all. Ingest names are random: two processes never
-// resume each other's. containerd's content store tries fsverity when it is
-// first written to and logs a warning, at level warning, where there is none.
+// resume each other's.
 package image

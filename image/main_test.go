@@ -1,26 +1,22 @@
 package image_test
 
 import (
-	"io"
 	"os"
 	"path/filepath"
 	"testing"
-
-	"github.com/containerd/log"
 
 	"github.com/layerctl/layerctl/image"
 	"github.com/layerctl/layerctl/internal/testenv"
 )
 
 func TestMain(m *testing.M) {
-	log.L.Logger.SetOutput(io.Discard) // containerd's word on fsverity, once per store
 	testenv.Main(m)
 }
 
 // newStore makes a store of the test.
 func newStore(t testing.TB) *image.Store {
 	t.Helper()
-	s, err := image.Open(filepath.Join(t.TempDir(), "images"))
+	s, err := image.Open(filepath.Join(testenv.Scratch(t), "images"))
 	if err != nil {
 		t.Fatal(err)
 	}

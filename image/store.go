@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
@@ -79,9 +80,25 @@ func Open(dir string) (*Store, error) {
 	s := &Store{layout: l, dir: dir}
 	s.writer = sync.OnceValues(func() (content.Store, error) {
 		s.written.Store(true)
-		return local.NewStore(dir)
+		return openContent(dir)
 	})
 	return s, nil
+}
+
+// quiet serializes openContent.
+var quiet sync.Mutex
+
+// openContent opens containerd's content store. It probes for fsverity and warns
+// on standard error wherever a file system has none, which is nearly everywhere:
+// for that moment only errors are logged.
+func openContent(dir string) (content.Store, error) {
+	quiet.Lock()
+	defer quiet.Unlock()
+	logger := log.L.Logger
+	level := logger.GetLevel()
+	logger.SetLevel(log.ErrorLevel)
+	defer logger.SetLevel(level)
+	return local.NewStore(dir)
 }
 
 // isAbsent reports whether dir is no image layout yet: it is not there, or empty

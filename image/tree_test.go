@@ -90,7 +90,7 @@ func listSnapshot(t testing.TB, v *snapshot.View, key string) string {
 func listTree(t testing.TB, dir string) string {
 	t.Helper()
 	getfattr := testenv.Program(t, "getfattr", "attr")
-	lines := map[string]string{}
+	lines, nlinks := map[string]string{}, map[string]string{}
 	inodes := map[string]string{} // the first name of each inode
 	var names []string
 	for _, rec := range strings.Split(run(t, dir, "find", ".", "-printf", `%p\t%y %m %U:%G %T@ %l\t%s\t%n %i\0`), "\x00") {
@@ -99,6 +99,7 @@ func listTree(t testing.TB, dir string) string {
 			continue
 		}
 		names = append(names, f[0])
+		nlinks[f[0]] = f[3]
 		lines[f[0]] = f[1]
 		if f[1][0] == 'f' {
 			b, err := os.ReadFile(filepath.Join(dir, f[0]))
@@ -111,7 +112,7 @@ func listTree(t testing.TB, dir string) string {
 	}
 	slices.Sort(names)
 	for _, n := range names {
-		ino := run(t, dir, "stat", "-c", "%h %i", n)
+		ino := nlinks[n]
 		if !strings.HasPrefix(ino, "1 ") && lines[n][0] != 'd' {
 			if inodes[ino] == "" {
 				inodes[ino] = n
