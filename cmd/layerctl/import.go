@@ -12,7 +12,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/userns"
@@ -138,23 +137,22 @@ func (a *app) newLayer(ctx context.Context, v *snapshot.View, name, parent strin
 	return v.CommitWith(ctx, name, key, snapshot.CommitOptions{Labels: labels})
 }
 
-// applySource unpacks a source onto a writable snapshot.
+// applySource unpacks a source onto a writable snapshot. The source is read by a
+// goroutine that may stay in its read when all is over: nothing interrupts a
+// read of a pipe that somebody keeps open.
 func (a *app) applySource(ctx context.Context, v *snapshot.View, key string, s *source, left *leftOut) error {
-	o := layer.ApplyOptions{Volatile: a.volatile, Skipped: left.add}
-	g, ctx := errgroup.WithContext(ctx)
 	r, w := io.Pipe()
-	g.Go(func() error {
-		err := s.write(ctx, w)
-		w.CloseWithError(err)
-		return err
-	})
-	g.Go(func() error {
-		err := v.Apply(ctx, key, r, o)
-		r.CloseWithError(err)
-		return err
-	})
-	err := g.Wait()
-	if cause := context.Cause(ctx); errors.Is(err, io.ErrClosedPipe) && cause != nil {
+	stop := context.AfterFunc(ctx, func() { w.CloseWithError(context.Cause(ctx)) })
+	defer stop()
+	go func() { w.CloseWithError(s.write(ctx, w)) }()
+	err := v.Apply(ctx, key, r, layer.ApplyOptions{Volatile: a.volatile, Skipped: left.add})
+	if err == nil {
+		// What comes after the tar's end is read as well: a compressor's checksum,
+		// and a writer at the other end of a pipe that must not die of us.
+		_, err = io.Copy(io.Discard, r)
+	}
+	r.CloseWithError(err)
+	if cause := context.Cause(ctx); cause != nil && err != nil {
 		return cause
 	}
 	return err

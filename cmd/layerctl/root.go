@@ -47,7 +47,7 @@ func (a *app) command() *cobra.Command {
 	f.BoolVarP(&a.quiet, "quiet", "q", false, "print names only, and nothing on standard error but errors")
 	f.BoolVar(&a.volatile, "volatile", false, "flush nothing: faster, and lost in a power cut")
 	root.AddCommand(a.verbs()...)
-	for _, c := range root.Commands() {
+	for _, c := range append(root.Commands(), root) {
 		wrapArgs(c)
 	}
 	_ = root.RegisterFlagCompletionFunc("driver", a.completeDrivers)
