@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -161,28 +162,83 @@ func (p *plan) overlay(ctx context.Context) (*sys.Fd, error) {
 		return nil, err
 	}
 	defer release()
-	if p.ids.empty() {
-		return p.filesystem(p.setLayers)
+	known := layerByLayer()
+	if known.Answer == kprobe.Unknown {
+		return nil, known.Err
 	}
-	ns, err := p.ids.namespace()
-	if err != nil {
-		return nil, err
+	create := func() (*sys.Fd, error) { return p.filesystem(p.setLayers) }
+	if known.Answer == kprobe.No {
+		create = p.overlayPage
+	} else if p.ids.empty() {
+		return create()
 	}
-	defer ns.Close()
 	var m *sys.Fd
 	err = inPrivateNamespace(func() (err error) {
-		if err = p.mapLowers(ns); err == nil {
-			m, err = p.filesystem(p.setLayers)
+		if err = p.mapLowers(); err == nil {
+			m, err = create()
 		}
 		return err
 	})
 	return m, err
 }
 
+// layerByLayer tells whether fsconfig(2) takes an overlay's layers one by one.
+// Before 6.5 overlayfs had no options of its own there: the generic code took
+// every word, known or not, and let mount(2)'s parser judge them in the end
+// (fs/fs_context.c: legacy_parse_param). So an unknown word is asked first.
+var layerByLayer = kprobe.Once(func() kprobe.Result {
+	r := kprobe.Result{Feature: "lowerdir+"}
+	c, err := sys.Fsopen("overlay")
+	if isOld(err) {
+		r.Answer, r.Err = kprobe.Unknown, fmt.Errorf("%w: %w", errOldKernel, err)
+		return r
+	}
+	if err != nil {
+		r.Answer, r.Err = kprobe.Unknown, err
+		return r
+	}
+	defer c.Close()
+	if c.SetFlag("no-such-word") == nil || isUnknownWord(c.SetString("lowerdir+", "/")) {
+		r.Answer, r.Detail = kprobe.No, "kernel 6.8"
+		return r
+	}
+	r.Answer = kprobe.Yes
+	return r
+})
+
+func isUnknownWord(err error) bool {
+	return errors.Is(err, syscall.EINVAL) && strings.Contains(err.Error(), "Unknown parameter")
+}
+
+// overlayPage makes an overlay by mount(2), which takes one page of options,
+// for kernels that cannot do it layer by layer. It runs in a mount namespace that
+// nobody else sees, so where it mounts does not matter: the result is a copy of
+// that mount, attached nowhere.
+func (p *plan) overlayPage() (*sys.Fd, error) {
+	target := p.layers.Lowers[0]
+	if err := p.overlayOld(target); err != nil {
+		return nil, err
+	}
+	at, err := sys.Open(target, sys.O_PATH, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer at.Close()
+	return at.OpenTree(true, false)
+}
+
 // mapLowers covers each lower with an id-mapped bind of itself. It runs in a
 // mount namespace that nobody else sees: overlayfs takes its own copies of the
 // mounts, and mountinfo shows the lowers' true paths.
-func (p *plan) mapLowers(ns *sys.Fd) error {
+func (p *plan) mapLowers() error {
+	if p.ids.empty() {
+		return nil
+	}
+	ns, err := p.ids.namespace()
+	if err != nil {
+		return err
+	}
+	defer ns.Close()
 	for _, dir := range append(p.layers.Lowers[:len(p.layers.Lowers):len(p.layers.Lowers)], p.layers.Data...) {
 		if err := mapLower(dir, ns); err != nil {
 			return err
@@ -222,11 +278,7 @@ func (p *plan) setLayers(c *sys.FsContext) error {
 		return err
 	}
 	for _, dir := range p.layers.Lowers {
-		err := setLayer(c, "lowerdir+", dir)
-		if errors.Is(err, syscall.EINVAL) && strings.Contains(err.Error(), "Unknown parameter") {
-			return fmt.Errorf("%w: %w", errOldKernel, err)
-		}
-		if err != nil {
+		if err := setLayer(c, "lowerdir+", dir); err != nil {
 			return err
 		}
 	}
@@ -279,7 +331,12 @@ func (p *plan) mountOld(ctx context.Context, target string) error {
 			return err
 		}
 		defer release()
-		return p.overlayOld(target)
+		return onOwnThread(func() error {
+			if err := sys.Unshare(sys.CLONE_FS); err != nil {
+				return err
+			}
+			return p.overlayOld(target)
+		})
 	}
 	source, done, err := p.device()
 	if err != nil {
@@ -307,7 +364,8 @@ func (p *plan) mountOld(ctx context.Context, target string) error {
 }
 
 // overlayOld performs an overlay by mount(2), whose options are one page. Where
-// the lowers do not fit they are named from their common directory.
+// the lowers do not fit they are named from their common directory, to which it
+// changes: it runs on a thread whose working directory is its own.
 func (p *plan) overlayOld(target string) error {
 	page := os.Getpagesize()
 	if data := p.data(); len(data) < page {
@@ -324,7 +382,10 @@ func (p *plan) overlayOld(target string) error {
 		return err
 	}
 	defer at.Close()
-	return inOwnDirectory(at, func() error { return sys.Mount(p.source, target, "overlay", p.flags, data) })
+	if err := at.Fchdir(); err != nil {
+		return err
+	}
+	return sys.Mount(p.source, target, "overlay", p.flags, data)
 }
 
 // relative names the lowers from their common directory; "" if there is none
@@ -353,20 +414,6 @@ func cutPrefix(paths []string, dir string) []string {
 		all = append(all, strings.TrimPrefix(p, dir+"/"))
 	}
 	return all
-}
-
-// inOwnDirectory runs f on a thread whose working directory is dir and is its
-// own, and ends the thread.
-func inOwnDirectory(dir *sys.Fd, f func() error) error {
-	return onOwnThread(func() error {
-		if err := sys.Unshare(sys.CLONE_FS); err != nil {
-			return err
-		}
-		if err := dir.Fchdir(); err != nil {
-			return err
-		}
-		return f()
-	})
 }
 
 // inPrivateNamespace runs f on a thread with a mount namespace of its own from
