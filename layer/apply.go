@@ -159,6 +159,9 @@ func (u *unpacker) publish(ctx context.Context) error {
 		if err := u.root.up.SyncFS(); err != nil {
 			return err
 		}
+		if err := faults.Point(ctx, "layer: apply: flushed"); err != nil {
+			return err
+		}
 	}
 	paths := make([]string, 0, len(u.implied))
 	for p := range u.implied {

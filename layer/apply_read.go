@@ -126,11 +126,11 @@ func (u *unpacker) newArchive(ctx context.Context, r io.Reader) *archive {
 // checks the stream has seen all of it.
 func (a *archive) read(unterminated bool) error {
 	for {
-		begin := a.nextHeader()
+		begin := a.in.header()
 		h, err := a.tr.Next()
 		if err == io.EOF {
-			if a.in.n < begin+blockSize && !unterminated {
-				return a.cut(begin)
+			if !a.in.ended() && !unterminated {
+				return a.cut()
 			}
 			break
 		}
@@ -158,12 +158,9 @@ func (a *archive) read(unterminated bool) error {
 // blockSize is what a tar is made of.
 const blockSize = 512
 
-// nextHeader is where the header after the bytes taken so far begins.
-func (a *archive) nextHeader() int64 { return (a.in.n + blockSize - 1) &^ (blockSize - 1) }
-
-func (a *archive) cut(at int64) error {
+func (a *archive) cut() error {
 	return fmt.Errorf("the archive ends at byte %d, after %s, without its end mark: %w: %w",
-		at, a.after(), io.ErrUnexpectedEOF, errdefs.ErrDataLoss)
+		a.in.n, a.after(), io.ErrUnexpectedEOF, errdefs.ErrDataLoss)
 }
 
 func (a *archive) after() string {
@@ -214,10 +211,23 @@ func (a *archive) entry(h *tar.Header, begin int64) error {
 		return err
 	}
 	it.offset = begin
-	if it.kind != itemFile || it.e.Type != TypeReg {
-		return a.put(op{it: it})
+	if it.kind == itemFile && it.e.Type == TypeReg {
+		return a.content(it)
 	}
-	return a.content(it)
+	if h.Size > 0 { // a whiteout that has content: nobody wants it
+		if _, err := io.Copy(io.Discard, a.tr); err != nil {
+			return a.noContent(err)
+		}
+	}
+	return a.put(op{it: it})
+}
+
+// noContent is an error of reading an entry's content.
+func (a *archive) noContent(err error) error {
+	if errors.Is(err, io.EOF) {
+		err = io.ErrUnexpectedEOF
+	}
+	return fmt.Errorf("content at byte %d: %w", a.in.n, streamError(err))
 }
 
 // globalHeader refuses PAX global records that would change later entries;
@@ -434,10 +444,7 @@ func (a *archive) content(it *item) error {
 		}
 		o.data = a.cur.buf[n : n+part]
 		if _, err := io.ReadFull(a.tr, o.data); err != nil {
-			if errors.Is(err, io.EOF) {
-				err = io.ErrUnexpectedEOF
-			}
-			return fmt.Errorf("content at byte %d: %w", a.in.n, streamError(err))
+			return a.noContent(err)
 		}
 		a.cur.buf = a.cur.buf[:n+part]
 		left -= int64(part)

@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -108,6 +109,27 @@ type meter struct {
 	limit    int64
 	progress func(int64)
 	told     int64
+	begin    int64 // where the header that is being read begins
+	data     bool  // something but zeros has come since
+}
+
+// header says that the tar reader goes on to the next header, which it returns.
+func (m *meter) header() int64 {
+	m.begin, m.data = (m.n+blockSize-1)&^(blockSize-1), false
+	return m.begin
+}
+
+// ended reports whether nothing but the archive's end mark has come since the
+// header began: a block of zeros or two. archive/tar does not tell it from a
+// stream that just stops, after a PAX header too.
+func (m *meter) ended() bool { return m.n >= m.begin+blockSize && !m.data }
+
+// watch looks for data in what was just read.
+func (m *meter) watch(p []byte) {
+	if skip := m.begin - m.n; skip > 0 { // padding of the entry before
+		p = p[min(skip, int64(len(p))):]
+	}
+	m.data = bytes.ContainsFunc(p, func(r rune) bool { return r != 0 })
 }
 
 // progressStep is how many bytes lie between two reports of progress.
@@ -118,6 +140,9 @@ func (m *meter) Read(p []byte) (int, error) {
 		return 0, err
 	}
 	n, err := m.r.Read(p)
+	if !m.data {
+		m.watch(p[:n])
+	}
 	m.n += int64(n)
 	if m.progress != nil && (m.n-m.told >= progressStep || errors.Is(err, io.EOF)) {
 		m.told = m.n

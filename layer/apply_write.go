@@ -266,9 +266,14 @@ func (u *unpacker) dirEntry(s spot, it *item) error {
 			return err
 		}
 	}
-	if s.name != "" {
-		u.noteMine(s.path, s.d.own, made)
+	in := s.d
+	if s.name == "" { // the root, or a path that ends in ".."
+		var err error
+		if in, err = u.parent(d, true); err != nil {
+			return err
+		}
 	}
+	u.noteMine(d.path, in.own, made)
 	return u.list(spot{d: d, path: d.path}, it, "")
 }
 

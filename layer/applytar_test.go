@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"time"
 )
 
@@ -73,3 +74,5 @@ func (a *testTar) bytes() []byte {
 func dirHeader(name string) tar.Header {
 	return tar.Header{Name: name, Typeflag: tar.TypeDir, Mode: 0o755}
 }
+
+func sha256Sum(b []byte) [32]byte { return sha256.Sum256(b) }
