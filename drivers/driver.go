@@ -195,6 +195,10 @@ type Capabilities struct {
 	// committed layer (overlay, fuse, native); refused where our own namespace
 	// shows the mount.
 	SharedWriter bool
+	// LinksSettle: a parent's file that gets another name shows one inode number
+	// under all its names only once the layer is mounted again (overlayfs in a
+	// user namespace, which cannot note where a copy came from).
+	LinksSettle bool
 
 	// Lost names what this process cannot store here ("owners outside the user
 	// namespace", "device nodes"). Empty: nothing is lost.

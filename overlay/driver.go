@@ -143,6 +143,7 @@ func (d *Driver) capabilities() drivers.Capabilities {
 		BreaksHardLinks: true,
 		DirRenameEXDEV:  d.opts.redirect != "on" && d.opts.metacopy != "on",
 		SharedWriter:    true,
+		LinksSettle:     !d.features.has(featLinks),
 	}
 	if d.opts.userxattr {
 		c.Lost = []string{"device nodes", "owners outside the user namespace", "trusted.* xattrs"}

@@ -31,6 +31,7 @@ const (
 	featXattr     = "xattr"
 	featRename    = "RENAME_WHITEOUT"
 	featTmpfile   = "O_TMPFILE"
+	featLinks     = "origin of copies"
 )
 
 // mountOptions are those that an overlay mount may be given here, and the first
@@ -335,8 +336,12 @@ func (p *prober) mount(pl plan, m drivers.IDMap) (*detached, error) {
 	return unattached(p.ctx, p.probeOptions().mount(pl), p.scratch.path)
 }
 
-// exercise deletes a lower file and replaces a lower directory.
+// exercise gives a lower file another name, deletes it and replaces a lower
+// directory.
 func (p *prober) exercise(merged, upper string) error {
+	if err := p.links(merged); err != nil {
+		return err
+	}
 	if err := os.Remove(merged + "/f"); err != nil {
 		return fmt.Errorf("a whiteout cannot be made: %w", err)
 	}
@@ -352,6 +357,30 @@ func (p *prober) exercise(merged, upper string) error {
 	}
 	defer up.Close()
 	return p.inspect(up)
+}
+
+// links: a copied-up file keeps its inode number if overlayfs can note where it
+// came from, which needs CAP_DAC_READ_SEARCH in the initial user namespace
+// (fs/overlayfs/util.c:ovl_can_decode_fh, 6.18). Where not, other names of the
+// file show another number until the layer is mounted again.
+func (p *prober) links(merged string) error {
+	before, err := sys.StatPath(merged + "/f")
+	if err != nil {
+		return err
+	}
+	if err := os.Link(merged+"/f", merged+"/g"); err != nil {
+		return err
+	}
+	after, err := sys.StatPath(merged + "/g")
+	if err != nil {
+		return err
+	}
+	r := kprobe.Result{Feature: featLinks, Answer: kprobe.Yes}
+	if before.Ino != after.Ino {
+		r.Answer, r.Detail = kprobe.No, "a parent's file that is linked shows one inode number only when mounted again"
+	}
+	p.f.add(r)
+	return nil
 }
 
 func (p *prober) inspect(up *sys.Fd) error {

@@ -19,7 +19,7 @@ import (
 const probedFile = "probed.json"
 
 // probeVersion counts changes to what is asked and how it is judged.
-const probeVersion = 1
+const probeVersion = 2
 
 // probed is ROOT/probed.json.
 type probed struct {

@@ -15,6 +15,7 @@ import (
 // Copies by usageParents.
 var differenceCases = []testCase{
 	{"a lower hard link separates, or not", breaksHardLinks},
+	{"links of the parent's files show at once, or not", linksSettle},
 	{"a directory of the parent can be renamed, or not", dirRename},
 	{"a copy shares blocks, or not", sharesBlocks},
 }
@@ -37,6 +38,30 @@ func breaksHardLinks(k *kit) {
 	linked := slices.ContainsFunc(k.list(dir), func(l string) bool { return strings.Contains(l, "link of") })
 	if linked == k.caps.BreaksHardLinks {
 		k.Errorf("a and b are linked: %v; Capabilities().BreaksHardLinks is %v", linked, k.caps.BreaksHardLinks)
+	}
+}
+
+// linksSettle gives a parent's file a second name.
+func linksSettle(k *kit) {
+	base := k.layer(drivers.Ref{}, func(dir string) { (&work{TB: k, dir: dir}).file("f", "x") })
+	r := k.create(base, drivers.CreateOptions{})
+	one := func(dir string) bool {
+		a, err := os.Stat(dir + "/f")
+		k.check(err)
+		b, err := os.Stat(dir + "/g")
+		k.check(err)
+		return os.SameFile(a, b)
+	}
+	k.edit(r, func(dir string) {
+		_, err := os.Stat(dir + "/f") // its number is known before
+		k.check(err)
+		k.check(os.Link(dir+"/f", dir+"/g"))
+		if one(dir) == k.caps.LinksSettle {
+			k.Errorf("f and g are one file: %v; Capabilities().LinksSettle is %v", one(dir), k.caps.LinksSettle)
+		}
+	})
+	if !one(k.mount(r, drivers.MountOptions{})) {
+		k.Error("mounted again, f and g are not one file")
 	}
 }
 

@@ -82,7 +82,9 @@ func (p pair) seen(k *kit) both {
 		k.same("the child before its change", k.list(dir), b.wantBase)
 		p.change(&work{TB: k, dir: dir})
 		k.check(pin(dir))
-		k.same("the child after its change", k.list(dir), b.wantNew)
+		if !k.caps.LinksSettle {
+			k.same("the child after its change", k.list(dir), b.wantNew)
+		}
 	})
 	k.same("the child mounted again", k.tree(child), b.wantNew)
 	k.commit(child)

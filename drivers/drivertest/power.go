@@ -310,7 +310,9 @@ func volatileCommit(k *kit) {
 	baseTree := d.tree(base)
 	d.commit(base)
 	r := d.create(base, drivers.CreateOptions{Volatile: true})
-	d.edit(r, func(dir string) { rootfs(k, dir, "two") })
+	dir := d.mount(r, drivers.MountOptions{Volatile: true}) // else the unmounting flushes
+	rootfs(k, dir, "two")
+	d.umount(dir)
 	tree := d.tree(r)
 	_, err := d.driver.Commit(k.ctx, r, drivers.CommitOptions{Volatile: true})
 	k.check(err)
