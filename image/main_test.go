@@ -10,6 +10,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if job := os.Getenv(envJob); job != "" {
+		os.Exit(runJob(job))
+	}
 	testenv.Main(m)
 }
 
