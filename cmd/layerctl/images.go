@@ -122,7 +122,11 @@ func (a *app) tag(ctx context.Context, ref, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := s.Tag(ctx, ref, name); err != nil {
+	img, err := resolveImage(ctx, s, ref)
+	if err != nil {
+		return err
+	}
+	if err := s.Tag(ctx, img.Target.Digest.String(), name); err != nil {
 		return err
 	}
 	_, err = fmt.Fprintln(a.out, name)

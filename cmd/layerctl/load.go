@@ -192,7 +192,7 @@ func (a *app) save(ctx context.Context, name string, o saveOptions) error {
 func saveNamed(ctx context.Context, a *app, s *image.Store, v *snapshot.View, name string, to image.Destination, o image.SaveOptions) (digest string, size int64, err error) {
 	_, err = v.Stat(ctx, name)
 	if errdefs.IsNotFound(err) {
-		img, ierr := s.Resolve(ctx, name)
+		img, ierr := resolveImage(ctx, s, name)
 		if ierr == nil {
 			d, err := s.Save(ctx, img, to, o)
 			return d.Digest.String(), d.Size, err

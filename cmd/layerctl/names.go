@@ -52,7 +52,7 @@ func (a *app) imageKey(ctx context.Context, ref string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	img, err := s.Resolve(ctx, ref)
+	img, err := resolveImage(ctx, s, ref)
 	if err != nil {
 		return "", err
 	}
@@ -61,6 +61,32 @@ func (a *app) imageKey(ctx context.Context, ref string) (string, error) {
 		return "", err
 	}
 	return m.ChainID().String(), nil
+}
+
+// resolveImage finds an image as image.Store.Resolve does, or by the end of its
+// name: "app" is "localhost/app:latest", as long as it is no other's.
+func resolveImage(ctx context.Context, s *image.Store, ref string) (image.Image, error) {
+	img, err := s.Resolve(ctx, ref)
+	if !errdefs.IsNotFound(err) {
+		return img, err
+	}
+	all, lerr := s.List(ctx)
+	if lerr != nil {
+		return img, lerr
+	}
+	var found []image.Image
+	for _, i := range all {
+		if strings.HasSuffix(i.Name, "/"+ref) || strings.HasSuffix(i.Name, "/"+ref+":latest") {
+			found = append(found, i)
+		}
+	}
+	switch len(found) {
+	case 0:
+		return img, err
+	case 1:
+		return found[0], nil
+	}
+	return img, hintf(fmt.Errorf("%s is %s and %s: %w", ref, found[0].Name, found[1].Name, errdefs.ErrInvalidArgument), "give more of the name")
 }
 
 // keyByPrefix returns the one key that is a digest beginning with prefix, with

@@ -121,7 +121,7 @@ func (a *app) removeImage(ctx context.Context, v *snapshot.View, ref string) (do
 	if err != nil {
 		return false, err
 	}
-	img, err := s.Resolve(ctx, ref)
+	img, err := resolveImage(ctx, s, ref)
 	if errdefs.IsNotFound(err) {
 		return false, nil
 	}
@@ -129,6 +129,9 @@ func (a *app) removeImage(ctx context.Context, v *snapshot.View, ref string) (do
 		return false, err
 	}
 	m, merr := s.Manifest(ctx, img, "")
+	if !strings.HasPrefix(img.Target.Digest.Encoded(), strings.TrimPrefix(ref, "sha256:")) {
+		ref = img.Name // by name only that goes, by digest every name of it
+	}
 	gone, err := s.Remove(ctx, ref)
 	if err != nil {
 		return false, err

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -29,10 +30,13 @@ func TestMain(m *testing.M) {
 // ordinaryID is a user that this machine need not know.
 const ordinaryID = "61235"
 
+// asOrdinary runs a command as that user.
+var asOrdinary = []string{"setpriv", "--reuid", ordinaryID, "--regid", ordinaryID, "--clear-groups"}
+
 // TestScriptsAsRoot runs testdata/root on ext4, in a private mount namespace.
 func TestScriptsAsRoot(t *testing.T) {
 	testenv.Root(t)
-	runScripts(t, "testdata/root", testenv.FS(t, "ext4"), nil)
+	runScripts(t, "testdata/root", fileSystem(t), nil)
 }
 
 // TestScriptsAsUser runs testdata/user as an ordinary user, who has no ranges of
@@ -41,13 +45,58 @@ func TestScriptsAsUser(t *testing.T) {
 	dir := ""
 	var as []string
 	if os.Getuid() == 0 {
-		dir = testenv.FS(t, "ext4")
-		if err := os.Chmod(filepath.Dir(dir), 0o711); err != nil { // the scratch directory is root's
-			t.Fatal(err)
-		}
-		as = []string{"setpriv", "--reuid", ordinaryID, "--regid", ordinaryID, "--clear-groups"}
+		dir = fileSystem(t)
+		as = asOrdinary
 	}
 	runScripts(t, "testdata/user", dir, as)
+}
+
+// TestScriptsWithRanges runs testdata/ranges as an ordinary user who has a range
+// in /etc/subuid and /etc/subgid.
+func TestScriptsWithRanges(t *testing.T) {
+	testenv.Root(t)
+	testenv.Program(t, "newuidmap", "uidmap")
+	user := "layertest:x:" + ordinaryID + ":" + ordinaryID
+	addLine(t, "/etc/passwd", user+"::/:/bin/sh")
+	addLine(t, "/etc/group", "layertest:x:"+ordinaryID+":")
+	addLine(t, "/etc/subuid", "layertest:700000:65536")
+	addLine(t, "/etc/subgid", "layertest:800000:65536")
+	runScripts(t, "testdata/ranges", fileSystem(t), asOrdinary)
+}
+
+// addLine mounts a file with one more line over a file of /etc, in this test's
+// mount namespace. A file that is not there is not made, and the test skipped.
+func addLine(t *testing.T, path, line string) {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if os.IsNotExist(err) {
+		testenv.Skip(t, path+" does not exist")
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmp := filepath.Join(t.TempDir(), filepath.Base(path))
+	if err := os.WriteFile(tmp, append(b, line+"\n"...), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount(tmp, path, "", syscall.MS_BIND, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(path, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// fileSystem makes an ext4 that ordinary users reach.
+func fileSystem(t *testing.T) string {
+	t.Helper()
+	dir := testenv.FS(t, "ext4")
+	if err := os.Chmod(filepath.Dir(dir), 0o711); err != nil { // the scratch directory is root's
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // runScripts runs the scripts of a folder below dir ("" is the usual place). The

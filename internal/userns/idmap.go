@@ -22,9 +22,11 @@ type idMaps struct {
 }
 
 // maps decides how the ids of the calling user are mapped.
-func maps() idMaps {
-	uid, gid := int64(os.Getuid()), int64(os.Getgid())
-	own := idMaps{uid: []idRange{{0, uid, 1}}, gid: []idRange{{0, gid, 1}}}
+func maps() idMaps { return mapsOf(os.Getuid(), os.Getgid()) }
+
+func mapsOf(u, g int) idMaps {
+	uid := int64(u)
+	own := idMaps{uid: []idRange{{0, uid, 1}}, gid: []idRange{{0, int64(g), 1}}}
 	for _, tool := range []string{"newuidmap", "newgidmap"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			own.single = tool + " is not installed (package uidmap)"
@@ -32,7 +34,7 @@ func maps() idMaps {
 		}
 	}
 	name := ""
-	if u, err := user.Current(); err == nil {
+	if u, err := user.LookupId(strconv.Itoa(u)); err == nil {
 		name = u.Username
 	}
 	uids, err1 := subIDs("/etc/subuid", name, uid)

@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/layerctl/layerctl/internal/sys"
@@ -168,23 +170,17 @@ func wait(p *os.Process) (int, error) {
 	return st.ExitCode(), nil
 }
 
-// Probe reports whether user namespaces work here, by making one, and how ids
-// are mapped in it.
-func Probe() (mapping string, err error) {
-	cmd := exec.Command(self, "--version")
-	cmd.Env = environ()
-	if err := spawn(cmd); err != nil {
-		return "", err
-	}
-	if err := cmd.Wait(); err != nil {
-		return "", fmt.Errorf("user namespace: %w", err)
-	}
-	return Mapping(), nil
-}
-
-// Mapping says in words how ids are mapped for this user.
+// Mapping says in words how ids are mapped in the namespace that this process
+// runs in, or would be in a new one.
 func Mapping() string {
-	m := maps()
+	uid, gid := os.Getuid(), os.Getgid()
+	if ids, ok := outerIDs(); ok && Inside() {
+		uid, gid = ids[0], ids[1]
+		if n := mappedIDs(); n > 1 {
+			return fmt.Sprintf("%d ids", n)
+		}
+	}
+	m := mapsOf(uid, gid)
 	if m.single != "" {
 		return "own id only: " + m.single
 	}
@@ -193,6 +189,17 @@ func Mapping() string {
 		n += r.size
 	}
 	return fmt.Sprintf("%d ids", n)
+}
+
+// mappedIDs counts the user ids of the namespace that this process runs in.
+func mappedIDs() (n int64) {
+	b, _ := os.ReadFile("/proc/self/uid_map")
+	f := strings.Fields(string(b))
+	for i := 2; i < len(f); i += 3 {
+		size, _ := strconv.ParseInt(f[i], 10, 64)
+		n += size
+	}
+	return n
 }
 
 // ExitNotFound and ExitCannot are a shell's statuses for a program that is not
