@@ -219,6 +219,17 @@ func replicate(d *sys.Fd, name, to string, st *sys.Stat) error {
 	if err != nil {
 		return err
 	}
+	inherited, err := d.Listxattr(to) // of a directory with a default ACL
+	if err != nil {
+		return err
+	}
+	for _, a := range inherited {
+		if !slices.Contains(attrs, a) {
+			if err := d.Removexattr(to, a); err != nil {
+				return err
+			}
+		}
+	}
 	for _, a := range slices.Sorted(slices.Values(attrs)) {
 		v, err := d.Getxattr(name, a)
 		if err == nil {

@@ -324,11 +324,24 @@ func (t *Tree) two(a at, o Op) error {
 		return err
 	}
 	if o.Verb != Link {
-		if err := pinDir(a.dir, o); err != nil {
+		if err := errors.Join(pinMoved(b, o), pinMoved(a, o), pinDir(a.dir, o)); err != nil {
 			return err
 		}
 	}
 	return pinDir(b.dir, o)
+}
+
+// pinMoved sets the time of a directory that was moved: its ".." is another, which
+// some file systems take for a change of it (btrfs, tmpfs, xfs) and others do not.
+func pinMoved(a at, o Op) error {
+	st, err := a.dir.Stat(a.name)
+	if errors.Is(err, syscall.ENOENT) {
+		return nil // a rename took it away
+	}
+	if err != nil || !st.IsDir() {
+		return err
+	}
+	return a.pin(o)
 }
 
 // within reports whether b lies strictly below a.
