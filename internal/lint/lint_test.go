@@ -4,7 +4,6 @@ package lint
 
 import (
 	"bytes"
-	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
@@ -341,6 +340,6 @@ func TestDoorsNameFoldersThatExist(t *testing.T) {
 	}
 	if len(stale) > 0 {
 		sort.Strings(stale)
-		t.Error(fmt.Sprintf("internal/lint gives levels to folders that do not exist: %v", stale))
+		t.Errorf("internal/lint gives levels to folders that do not exist: %v", stale)
 	}
 }
