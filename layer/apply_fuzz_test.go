@@ -98,6 +98,9 @@ func fuzzLines(s string) string {
 		if name == "" || strings.ContainsAny(rest, "\x00\n\r") || arrow && to == "" || strings.Contains("lh", kind) && !arrow {
 			continue
 		}
+		if file, _, _ := strings.Cut(name, "="); strings.HasSuffix(file, "/") || file == "" {
+			continue // archive/tar writes no such name
+		}
 		if kind == "h" { // an old link group is not the archive's business
 			continue
 		}

@@ -117,7 +117,7 @@ func (u *unpacker) newArchive(ctx context.Context, r io.Reader) *archive {
 		a.noKeep = overrideXattr
 	}
 	for range batches {
-		a.free <- &batch{buf: make([]byte, 0, batchBytes), ops: make([]op, 0, batchOps)}
+		a.free <- nil // made when it is needed: most layers are small
 	}
 	return a
 }
@@ -486,8 +486,12 @@ func (a *archive) open() error {
 		return nil
 	}
 	select {
-	case a.cur = <-a.free:
-		a.cur.ops, a.cur.buf = a.cur.ops[:0], a.cur.buf[:0]
+	case b := <-a.free:
+		if b == nil {
+			b = &batch{buf: make([]byte, 0, batchBytes), ops: make([]op, 0, batchOps)}
+		}
+		b.ops, b.buf = b.ops[:0], b.buf[:0]
+		a.cur = b
 		return nil
 	case <-a.failed:
 		return errWriter

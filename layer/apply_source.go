@@ -35,7 +35,7 @@ func newReadAhead(r io.Reader) *readAhead {
 		stop: make(chan struct{}), done: make(chan struct{}),
 	}
 	for range aheadBlocks {
-		a.free <- make([]byte, aheadBlock)
+		a.free <- nil // made when it is needed
 	}
 	go a.fill(r)
 	return a
@@ -49,6 +49,9 @@ func (a *readAhead) fill(r io.Reader) {
 		case buf = <-a.free:
 		case <-a.stop:
 			return
+		}
+		if buf == nil {
+			buf = make([]byte, aheadBlock)
 		}
 		n, err := fillBlock(r, buf, a.stop)
 		a.full <- block{buf[:n], err} // never blocks: there are as many places as blocks
