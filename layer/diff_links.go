@@ -232,10 +232,9 @@ func (d *differ) prune() error {
 	if err := l.toIndex.finish(d.ctx, d.to.chain, l.to); err != nil {
 		return err
 	}
-	if err := l.outside(l.fromIndex, fromGroups, l.toIndex, d.to.chain.root); err != nil {
-		return err
-	}
-	return l.outside(l.toIndex, toGroups, l.fromIndex, d.from.chain.root)
+	l.outside(l.fromIndex, fromGroups)
+	l.outside(l.toIndex, toGroups)
+	return nil
 }
 
 func (l *links) keys(x *linkIndex) []inode {
@@ -330,42 +329,17 @@ func (d *differ) collectTree(s *side, x *linkIndex, dir string) error {
 	return nil
 }
 
-// outside notes the members of x's groups that are no candidates, and their
-// groups in the other tree: by the contract of Candidates they are of one file
-// there too, and if a candidate there is of that file its group was found whole.
-func (l *links) outside(x *linkIndex, groups []inode, other *linkIndex, otherRoot *sys.Fd) error {
+// outside makes the walk visit the members of x's groups that are no candidates.
+// That their groups changed needs no further search: a group of the other tree is
+// the same only if it holds the same candidates, and then it was found whole.
+func (l *links) outside(x *linkIndex, groups []inode) {
 	for _, k := range groups {
-		var out []string
 		for _, n := range x.names[k] {
 			if !l.candidates[n] {
-				out = append(out, n)
 				l.addExtra(n)
 			}
 		}
-		if len(out) == 0 {
-			continue
-		}
-		st, err := statBelow(otherRoot, out[0])
-		if errors.Is(err, syscall.ENOENT) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		if linkable(&st) && len(other.names[inodeOf(&st)]) == 0 {
-			other.names[inodeOf(&st)] = out
-		}
 	}
-	return nil
-}
-
-func statBelow(root *sys.Fd, p string) (sys.Stat, error) {
-	dir, err := openPath(root, path.Dir(p))
-	if err != nil {
-		return sys.Stat{}, err
-	}
-	defer dir.Close()
-	return dir.Stat(path.Base(p))
 }
 
 // addExtra makes the walk visit a name and pass through its directories.

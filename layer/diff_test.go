@@ -254,6 +254,15 @@ func TestDiffLeavesOutWhatNoLayerCarries(t *testing.T) {
 	}
 }
 
+// A name that is left out is no member of a group: the file beside it is the same.
+func TestDiffWhiteoutNamesAreNoMembers(t *testing.T) {
+	a, b, _ := trees(t, t.TempDir(), parseOps(t, `create path="x" mode=0600 sec=5`), parseOps(t, `link path="x" to=".wh.y" sec=5`))
+	got, err := Collect(DiffTrees(t.Context(), a, b, DiffOptions{SkipWhiteoutNames: true}))
+	if err != nil || len(got) != 0 {
+		t.Errorf("got %q, %v", got, err)
+	}
+}
+
 // Collect gives the changes as lines.
 func Collect(s func(func(Change, error) bool)) ([]string, error) {
 	var lines []string

@@ -81,6 +81,32 @@ func everythingTar(t testing.TB) []byte {
 	return out.Bytes()
 }
 
+func TestSplitName(t *testing.T) {
+	n := func(n int) string { return strings.Repeat("n", n) }
+	for _, c := range []struct {
+		name   string
+		prefix int
+		fits   bool
+	}{
+		{n(100), 0, true},
+		{n(101), 0, false},
+		{n(99) + "/", 0, true},
+		{n(100) + "/", 0, false}, // the slash is part of the name
+		{n(155) + "/" + n(100), 155, true},
+		{n(156) + "/" + n(100), 0, false},
+		{n(155) + "/" + n(101), 0, false},
+		{n(155) + "/" + n(99) + "/", 155, true},
+		{n(50) + "/" + n(50) + "/" + n(90) + "/", 101, true},
+		{n(1) + "/" + n(100), 1, true},
+		{"/" + n(100), 0, false},
+	} {
+		prefix, rest, fits := splitName(c.name)
+		if fits != c.fits || fits && (len(prefix) != c.prefix || prefix != "" && prefix+"/"+rest != c.name) {
+			t.Errorf("%d bytes %q: %d and %d bytes, %v", len(c.name), c.name, len(prefix), len(rest), fits)
+		}
+	}
+}
+
 // The bytes are the layer's name: they may never change.
 func TestTarGolden(t *testing.T) {
 	golden(t, "testdata/everything.tar", everythingTar(t))

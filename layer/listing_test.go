@@ -1,6 +1,7 @@
 package layer
 
 import (
+	"archive/tar"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -466,6 +467,38 @@ func TestVerifyFindsRot(t *testing.T) {
 				t.Errorf("got %q, want %q", got, c.want)
 			}
 		})
+	}
+}
+
+// An archive says less than the trees differ by: a directory that it replaces
+// takes what was in it, a file that it replaces leaves its link group.
+func TestVerifyAcceptsWhatAnArchiveImplies(t *testing.T) {
+	testenv.Root(t)
+	a, _, c := trees(t, testenv.FS(t, "ext4"), parseOps(t, baseTree), nil)
+	var archive bytes.Buffer
+	tw := tar.NewWriter(&archive)
+	for _, h := range []*tar.Header{
+		{Name: ".wh.d", Typeflag: tar.TypeReg},
+		{Name: "d/", Typeflag: tar.TypeDir, Mode: 0o700},
+		{Name: "d/n", Typeflag: tar.TypeReg, Mode: 0o600},
+		{Name: "h1", Typeflag: tar.TypeReg, Mode: 0o600},
+	} {
+		if err := tw.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tw.Close()
+	text, _ := listingOf(t, func(l *ListingWriter) error {
+		return Apply(t.Context(), c, &archive, ApplyOptions{Volatile: true, Listing: l})
+	})
+	if got := shortListing(text); got != "R d f d/n f h1" {
+		t.Errorf("the listing is %q", got)
+	}
+	for p, err := range VerifyListing(t.Context(), c, ReadListing(strings.NewReader(text)), DiffTrees(t.Context(), a, c, DiffOptions{}), VerifyOptions{}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Error(&p)
 	}
 }
 

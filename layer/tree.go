@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -280,6 +281,16 @@ func openBelow(root *sys.Fd, names []string) (*sys.Fd, error) {
 		at, names = next, names[n:]
 	}
 	return at, nil
+}
+
+// statBelow describes a path below root, never through a symlink.
+func statBelow(root *sys.Fd, p string) (sys.Stat, error) {
+	dir, err := openPath(root, path.Dir(p))
+	if err != nil {
+		return sys.Stat{}, err
+	}
+	defer dir.Close()
+	return dir.Stat(path.Base(p))
 }
 
 // readNames reads the names of a directory, in order.
