@@ -4,12 +4,8 @@ import (
 	"context"
 	"errors"
 	"iter"
-	"os"
-	"path/filepath"
 	"slices"
 	"syscall"
-
-	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -73,7 +69,7 @@ func sameInode(from, to *sys.Stat) bool { return from.Ino == to.Ino }
 // tree is a layer's merged tree, read-only and attached nowhere.
 type tree struct {
 	path string
-	held []interface{ Close() error } // mounts, the first made first
+	held []*lmount.Tree // the first made first
 }
 
 // Path returns a path of the tree's root; "" is the empty tree.
@@ -157,60 +153,13 @@ func (d *Driver) show(ctx context.Context, t *tree, p plan) error {
 		}
 		p.lowers = append(slices.Clone(p.lowers[:maxLowers-2]), t.path)
 	}
-	m, err := unattached(ctx, d.opts.mount(p), d.root)
+	m, err := lmount.Detached(ctx, []lmount.Mount{d.opts.mount(p)})
 	if err != nil {
 		return err
 	}
 	t.held = append(t.held, m)
-	t.path = m.path()
+	t.path = m.Path()
 	return nil
-}
-
-// detached is a mount that is attached nowhere.
-type detached struct{ fd *sys.Fd }
-
-func (m *detached) path() string { return m.fd.ProcPath() }
-
-// Close drops the mount.
-func (m *detached) Close() error { return m.fd.Close() }
-
-// unattached performs a mount that only this process reaches. A kernel that
-// cannot make one so (overlay: before 6.8) mounts it for a moment on a scratch
-// directory in dir.
-func unattached(ctx context.Context, m lmount.Mount, dir string) (*detached, error) {
-	t, err := lmount.Detached(ctx, []lmount.Mount{m})
-	if err == nil {
-		fd, err := t.Fd().Dup()
-		return &detached{fd}, errors.Join(err, t.Close())
-	}
-	if !errdefs.IsNotImplemented(err) {
-		return nil, err
-	}
-	return attachedBriefly(ctx, m, dir)
-}
-
-func attachedBriefly(ctx context.Context, m lmount.Mount, dir string) (_ *detached, err error) {
-	s, err := newScratch(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer s.remove()
-	at := filepath.Join(s.path, "at")
-	if err := os.Mkdir(at, 0o700); err != nil {
-		return nil, err
-	}
-	if err := lmount.All(ctx, []lmount.Mount{m}, at); err != nil {
-		return nil, err
-	}
-	fd, err := sys.Open(at, sys.O_PATH|sys.O_DIRECTORY, 0)
-	if uerr := lmount.Unmount(at, lmount.UnmountOptions{Lazy: true}); err == nil && uerr != nil {
-		fd.Close()
-		return nil, uerr
-	}
-	if err != nil {
-		return nil, err
-	}
-	return &detached{fd}, nil
 }
 
 // differing returns the layers by which two chains differ: all above the longest

@@ -13,5 +13,6 @@ var config = drivertest.Config{
 	MustUnprivileged: []string{"Diff", "Apply", "Rebase", "UsageBytes", "UsageInodes"},
 }
 
-func TestMain(m *testing.M)   { drivertest.Main(m) }
-func TestDriver(t *testing.T) { drivertest.Run(t, config) }
+func TestMain(m *testing.M)        { drivertest.Main(m) }
+func TestDriver(t *testing.T)      { drivertest.Run(t, config) }
+func BenchmarkDriver(b *testing.B) { drivertest.Bench(b, config) }

@@ -518,25 +518,22 @@ func TestRedirectAndMetacopyOptions(t *testing.T) {
 	})
 }
 
-// Without a kernel that makes an overlay unattached, one is mounted for a moment.
-func TestAttachedBriefly(t *testing.T) {
-	b := newBench(t, "ext4", nil)
-	base := b.layer(drivers.Ref{}, func(dir string) { b.file(dir+"/f", "x") })
-	child := b.layer(base, func(dir string) { b.file(dir+"/g", "y") })
-	m, err := attachedBriefly(b.ctx, b.mounts(child, drivers.MountOptions{})[0], b.root)
-	b.check(err)
-	defer m.Close()
-	names, err := os.ReadDir(m.path())
-	b.check(err)
-	if len(names) != 2 {
-		t.Errorf("%v", names)
+// Kernels before 6.5 judge options only when mounting; the answers are the same.
+func TestOptionsByMounting(t *testing.T) {
+	dir := testenv.FS(t, "tmpfs")
+	s, err := newScratch(dir)
+	if err != nil {
+		t.Fatal(err)
 	}
-	infos, err := lmount.List()
-	b.check(err)
-	for _, i := range infos {
-		if i.Type == "overlay" {
-			t.Errorf("still mounted at %s", i.Target)
+	defer s.remove()
+	p := prober{ctx: t.Context(), scratch: s}
+	for _, o := range mountOptions {
+		if r := p.option(nil, o.name, o.value, o.since, false); r.Answer != kprobe.Yes {
+			t.Error(r)
 		}
+	}
+	if r := p.option(nil, "no-such-option", "", "9.9", false); r.Answer != kprobe.No || !strings.Contains(r.Detail, "Linux 9.9") {
+		t.Error(r)
 	}
 }
 

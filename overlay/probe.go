@@ -15,6 +15,7 @@ import (
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
+	lmount "github.com/layerctl/layerctl/mount"
 )
 
 // The features, in the kernel's words.
@@ -225,8 +226,7 @@ func (p *prober) xattr() kprobe.Result {
 }
 
 // options asks for each mount option by configuring an overlay that is never
-// made. Before Linux 6.5 overlayfs checks them only when mounting; what it then
-// has a module parameter for it knows, the rest shows in the mount.
+// made. Before Linux 6.5 overlayfs judges them only when mounting, so one is.
 func (p *prober) options() {
 	c, err := sys.Fsopen("overlay")
 	if err != nil {
@@ -246,30 +246,31 @@ func (p *prober) options() {
 }
 
 func (p *prober) option(c *sys.FsContext, name, value, since string, checks bool) kprobe.Result {
-	if !checks {
-		return legacyOption(name, since)
-	}
-	if value == "" {
+	switch {
+	case !checks:
+		return outcome(name, p.tryOption(name, value), since)
+	case value == "":
 		return outcome(name, c.SetFlag(name), since)
 	}
 	return outcome(name, c.SetString(name, value), since)
 }
 
-// legacyOption looks for the module's parameter; volatile and userxattr have
-// none, and are taken from the kernel's release as a last resort.
-func legacyOption(name, since string) kprobe.Result {
-	param := name
-	if name == "xino" {
-		param = "xino_auto"
+// tryOption mounts an overlay of two empty lowers with one option.
+func (p *prober) tryOption(name, value string) error {
+	if value != "" {
+		name += "=" + value
 	}
-	if name == featVolatile || name == featUserxattr {
-		return kprobe.Result{Feature: name, Answer: kprobe.Unknown, Detail: "this kernel checks the option only when mounting"}
+	for _, n := range []string{"empty1", "empty2"} {
+		if _, err := p.scratch.mkdir(n); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
 	}
-	_, err := os.Stat("/sys/module/overlay/parameters/" + param)
-	if errors.Is(err, os.ErrNotExist) {
-		err = errors.Join(err, syscall.EINVAL)
+	lowers := p.scratch.path + "/empty1:" + p.scratch.path + "/empty2"
+	m, err := lmount.Detached(p.ctx, []lmount.Mount{{Type: "overlay", Source: "overlay", Options: []string{name, "lowerdir=" + lowers}}})
+	if err != nil {
+		return err
 	}
-	return outcome(name, err, since)
+	return m.Close()
 }
 
 func (p *prober) lowerdirs(c *sys.FsContext, checks bool) kprobe.Result {
@@ -318,7 +319,7 @@ func (p *prober) tryOverlay() error {
 		return err
 	}
 	defer m.Close()
-	return p.exercise(m.path(), pl.upper)
+	return p.exercise(m.Path(), pl.upper)
 }
 
 // probeOptions are the driver's defaults with what is known here.
@@ -331,9 +332,9 @@ func (p *prober) probeOptions() options {
 	return o
 }
 
-func (p *prober) mount(pl plan, m drivers.IDMap) (*detached, error) {
+func (p *prober) mount(pl plan, m drivers.IDMap) (*lmount.Tree, error) {
 	pl.idmap = m
-	return unattached(p.ctx, p.probeOptions().mount(pl), p.scratch.path)
+	return lmount.Detached(p.ctx, []lmount.Mount{p.probeOptions().mount(pl)})
 }
 
 // exercise gives a lower file another name, deletes it and replaces a lower
@@ -507,7 +508,7 @@ func (p *prober) idmap() kprobe.Result {
 		return outcome(featIDMap, err, "5.19")
 	}
 	defer m.Close()
-	st, err := sys.StatPath(m.path())
+	st, err := sys.StatPath(m.Path())
 	if err == nil && st.UID != first {
 		return kprobe.Result{Feature: featIDMap, Answer: kprobe.No, Detail: fmt.Sprintf("owner 0 shows as %d, not as %d", st.UID, first)}
 	}
@@ -564,7 +565,7 @@ func (p *prober) overflow(pl plan, limit int) error {
 		return err
 	}
 	defer m.Close()
-	err = os.WriteFile(m.path()+"/big", make([]byte, 2*limit), 0o600)
+	err = os.WriteFile(m.Path()+"/big", make([]byte, 2*limit), 0o600)
 	if errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.ENOSPC) {
 		return nil
 	}
