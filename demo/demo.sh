@@ -81,7 +81,7 @@ fi
 
 say "Import the tree as a base layer"
 run import "$goroot" base
-before=$("$layerctl" --root "$root" --quiet export base -o - | sha256sum)
+before=$("$layerctl" --root "$root" --quiet ls --format '{{.Name}} {{.Digest}}')
 
 say "Mount a writable layer on it"
 run mount --rw --name work base
@@ -123,13 +123,13 @@ say "Export it as an OCI image layout, one layer for each snapshot"
 run save base2 -o "$work/oci" --compress zstd
 echo "  $(size "$work/oci") in $(find "$work/oci" -type f | wc -l) files"
 
-say "Everything is as it should be"
+say "Every byte of every layer is what its tree digest says, base's as it was imported"
 run check
-after=$("$layerctl" --root "$root" --quiet export base -o - | sha256sum)
-[ "$before" = "$after" ] || fail "the base changed: $before, $after"
+after=$("$layerctl" --root "$root" --quiet ls --format '{{.Name}} {{.Digest}}' | grep '^base ')
+[ -n "${before#base }" ] && [ "$before" = "$after" ] || fail "the base changed: $before, $after"
 "$layerctl" --root "$root" --quiet diff base2 --format '{{.Kind}} {{.Path}}' >"$work/lines"
 for line in 'C /src/fmt/print.go' 'C /README.md' 'A /site/hello/main.go' 'D /test/fixedbugs'; do
 	grep -qxF "$line" "$work/lines" || fail "the committed layer lacks: $line"
 done
-echo "base is what it was; base2 differs from it in $(wc -l <"$work/lines") paths; store: $(size "$root")"
+echo "base2 differs from it in $(wc -l <"$work/lines") paths; store: $(size "$root")"
 printf '\nDone with driver %s in %s.\n' "$driver" "$(took "$begin")"
