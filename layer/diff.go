@@ -88,8 +88,10 @@ type differ struct {
 	links *links
 	heads map[inode]string  // of the groups of to: the first name that was yielded
 	equal map[[2]inode]bool // contents compared already, of files with several names
-	bufs  [2][]byte
-	yield func(Change, error) bool
+	// equalNames are the link groups that were compared already.
+	equalNames map[[2]inode]bool
+	bufs       [2][]byte
+	yield      func(Change, error) bool
 	// yielded counts changes, so that a name is looked at again only before any.
 	yielded int
 }

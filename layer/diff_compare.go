@@ -151,8 +151,27 @@ func (d *differ) compareGroups(path string, f, t *node) (Aspect, error) {
 		return 0, err
 	}
 	from, to := d.links.fromIndex.group(path, &f.st), d.links.toIndex.group(path, &t.st)
-	if slices.Equal(from, to) {
+	if len(from) == len(to) && d.sameNames(inodeOf(&f.st), inodeOf(&t.st), from, to) {
 		return 0, nil
 	}
 	return AspectHardlink, nil
+}
+
+// sameNames compares two link groups, once for all their names: a file may have
+// 65,000. Both hold the path in question, so the inodes tell the groups, but
+// for a group of one name, which may be a part of its inode's names.
+func (d *differ) sameNames(f, t inode, from, to []string) bool {
+	if len(from) == 1 {
+		return from[0] == to[0]
+	}
+	key := [2]inode{f, t}
+	same, known := d.equalNames[key]
+	if !known {
+		same = slices.Equal(from, to)
+		if d.equalNames == nil {
+			d.equalNames = map[[2]inode]bool{}
+		}
+		d.equalNames[key] = same
+	}
+	return same
 }

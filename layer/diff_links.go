@@ -55,7 +55,8 @@ func newLinkIndex() *linkIndex {
 // group is the set of names that share the file of path, in path order.
 func (x *linkIndex) group(path string, st *sys.Stat) []string {
 	if linkable(st) {
-		if names := x.names[inodeOf(st)]; slices.Contains(names, path) {
+		names := x.names[inodeOf(st)]
+		if _, found := slices.BinarySearchFunc(names, path, ComparePaths); found {
 			return names
 		}
 	}
