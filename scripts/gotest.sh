@@ -2,6 +2,8 @@
 # gotest.sh [go test flags] PACKAGES: runs the tests, prints what was passed and
 # skipped per driver, and fails below the floors in ci/expected.
 set -eu
+# One seed for the random operations of judged runs; `make stress` draws new ones.
+export LAYERCTL_SEED="${LAYERCTL_SEED:-1}"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 rc=0
