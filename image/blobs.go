@@ -14,6 +14,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/layerctl/layerctl/internal/sys"
 )
 
 const copyBuffer = 1 << 20
@@ -64,14 +66,16 @@ func (s *Store) has(ctx context.Context, desc ocispec.Descriptor) (bool, error) 
 	if !ok || size == desc.Size {
 		return ok, nil
 	}
-	w, err := s.writer()
+	// Looked at again under a lock: another may have brought the right one since.
+	l, err := lock(ctx, s.dir, sys.LockExclusive)
 	if err != nil {
 		return false, err
 	}
-	if err := w.Delete(ctx, desc.Digest); err != nil && !errdefs.IsNotFound(err) {
-		return false, err
+	defer l.Close()
+	if size, ok = s.layout.size(desc.Digest); ok && size != desc.Size {
+		return false, s.delete(desc.Digest)
 	}
-	return false, nil
+	return ok, nil
 }
 
 // ingest writes r to the content store as one blob and returns its descriptor.

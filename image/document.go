@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -22,7 +23,7 @@ import (
 // the default named beside it; -1 means no limit. A refusal names the object
 // and wraps ErrResourceExhausted.
 type Limits struct {
-	Document  int64 // bytes of one JSON document: 8 MiB
+	Document  int64 // bytes of one JSON document: 4 MiB, as registries have it
 	Manifests int   // descriptors of all indexes of one image together: 1,000
 	Depth     int   // indexes inside indexes: 4
 	Layers    int   // layers of one image: 1,000
@@ -31,7 +32,7 @@ type Limits struct {
 }
 
 func (l Limits) withDefaults() Limits {
-	set(&l.Document, 8<<20)
+	set(&l.Document, 4<<20)
 	set(&l.Manifests, 1000)
 	set(&l.Depth, 4)
 	set(&l.Layers, 1000)
@@ -203,7 +204,14 @@ func orNone(b []byte) string {
 	return string(b[:min(len(b), 20)])
 }
 
+// maxObjects bounds the objects of one document, before memory is taken for
+// them: two bytes of JSON can ask for a hundred.
+const maxObjects = 100_000
+
 func unmarshal(b []byte, v any) error {
+	if n := bytes.Count(b, []byte("{")); n > maxObjects {
+		return fmt.Errorf("JSON: %d objects, more than %d: %w", n, maxObjects, errdefs.ErrResourceExhausted)
+	}
 	if err := json.Unmarshal(b, v); err != nil {
 		return fmt.Errorf("JSON: %w: %w", err, errdefs.ErrInvalidArgument)
 	}

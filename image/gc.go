@@ -133,7 +133,7 @@ func (s *Store) walkBlobs(ctx context.Context, f func(d digest.Digest, size int6
 	return nil
 }
 
-// delete removes a blob; the caller holds the blobs' lock exclusively.
+// delete removes a blob; whoever may need it is excluded by the caller.
 func (s *Store) delete(d digest.Digest) error {
 	err := s.layout.root.Remove(blobPath(d))
 	if errors.Is(err, fs.ErrNotExist) {

@@ -137,6 +137,11 @@ var badLayouts = []bad{
 		spoil: func(t *testing.T, l *testimage.Layout, std testimage.Image) {
 			relist(l, l.Add(ocispec.MediaTypeImageManifest, make([]byte, 9<<20)))
 		}},
+	{name: "manifest of a million empty layers", is: errdefs.IsResourceExhausted, says: "objects",
+		spoil: func(t *testing.T, l *testimage.Layout, std testimage.Image) {
+			b := []byte(`{"schemaVersion":2,"config":{},"layers":[` + strings.Repeat("{},", 1e6) + "{}]}")
+			relist(l, l.Add(ocispec.MediaTypeImageManifest, b))
+		}},
 	{name: "index that claims to hold itself", is: errdefs.IsDataLoss, says: "the bytes have digest",
 		spoil: func(t *testing.T, l *testimage.Layout, std testimage.Image) {
 			self := digest.FromString("self")

@@ -2,7 +2,6 @@ package image
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 
 	"github.com/containerd/containerd/v2/core/images"
@@ -83,8 +82,8 @@ func (r *reachable) children(mediaType string, b []byte) ([]ocispec.Descriptor, 
 		return idx.Manifests, err
 	}
 	var m ocispec.Manifest
-	if err := json.Unmarshal(b, &m); err != nil {
-		return nil, fmt.Errorf("manifest: JSON: %w: %w", err, errdefs.ErrInvalidArgument)
+	if err := unmarshal(b, &m); err != nil {
+		return nil, fmt.Errorf("manifest: %w", err)
 	}
 	if over(len(m.Layers), r.lim.Layers) {
 		return nil, fmt.Errorf("manifest: %d layers, more than %d: %w", len(m.Layers), r.lim.Layers, errdefs.ErrResourceExhausted)

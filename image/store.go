@@ -292,13 +292,27 @@ func (s *Store) update(ctx context.Context, f func([]ocispec.Descriptor) ([]ocis
 func (s *Store) put(ctx context.Context, add ...Image) error {
 	return s.update(ctx, func(all []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 		for _, img := range add {
-			if img.Name == "" && slices.ContainsFunc(all, func(d ocispec.Descriptor) bool { return d.Digest == img.Target.Digest }) {
-				continue // it is listed already, by whatever name
-			}
-			all = append(slices.DeleteFunc(all, func(d ocispec.Descriptor) bool { return replaces(img, d) }), indexEntry(img))
+			all = putEntry(all, img)
 		}
 		return all, nil
 	})
+}
+
+// putEntry adds one image. Its layers are dropped under all its names or none.
+func putEntry(all []ocispec.Descriptor, img Image) []ocispec.Descriptor {
+	all = slices.DeleteFunc(all, func(d ocispec.Descriptor) bool { return replaces(img, d) })
+	listed := false
+	for i, d := range all {
+		if d.Digest == img.Target.Digest {
+			same := entryImage(d)
+			same.LayersDropped = img.LayersDropped
+			all[i], listed = indexEntry(same), true
+		}
+	}
+	if img.Name == "" && listed {
+		return all // by whatever name
+	}
+	return append(all, indexEntry(img))
 }
 
 // replaces reports whether the entry d goes when img is added: the same name, or

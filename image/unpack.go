@@ -75,7 +75,8 @@ type Unpacked struct {
 // its ChainID; those that are there already are taken. Blob digest and DiffID are
 // verified while the layer is read. After an error, or when ctx ends, the layers
 // that were done are whole and nothing else is left; what a killed process left
-// is removed by the next Unpack or GC.
+// is removed by the next Unpack or GC: a view is unpacked to from one Store's
+// folder only, whose lock says that nobody does so now.
 func (s *Store) Unpack(ctx context.Context, view Snapshots, img Image, o UnpackOptions) (Unpacked, error) {
 	u, err := s.unpack(ctx, view, img, o)
 	if err != nil {

@@ -299,4 +299,21 @@ func TestDropLayers(t *testing.T) {
 	if err != nil || len(m.Config.History) != 3 || m.Config.Config.Cmd[0] != "/bin/sh" {
 		t.Errorf("config %+v %v", m.Config, err)
 	}
+	// Loading again brings the layers back, under every name.
+	for _, o := range []image.LoadOptions{{Name: "std"}, {Name: "other"}} {
+		if _, err := s.DropLayers(t.Context(), "std"); err != nil {
+			t.Fatal(err)
+		}
+		l := testimage.NewLayout()
+		l.List("std", l.AddImage(t, testimage.Platform, testimage.Layers(t)).Target)
+		if _, err := s.Load(t.Context(), l.Dir(t), o); err != nil {
+			t.Fatal(err)
+		}
+		if img, err := s.Resolve(t.Context(), "std"); err != nil || img.LayersDropped {
+			t.Errorf("%+v %v", img, err)
+		}
+		if r, err := s.GC(t.Context()); err != nil || r.Blobs > 0 {
+			t.Errorf("gc after loading again: %+v %v", r, err)
+		}
+	}
 }
