@@ -110,6 +110,8 @@ func (x *linkIndex) scan(ctx context.Context, c *chain, dir string) error {
 	if err != nil {
 		return err
 	}
+	// In path order a name goes to the end of its group, which may have 65,000.
+	slices.SortFunc(entries, func(a, b sys.Dirent) int { return strings.Compare(a.Name, b.Name) })
 	for i := range entries {
 		if err := x.scanName(ctx, c, dir, &entries[i]); err != nil && !errors.Is(err, syscall.ENOENT) {
 			return err
