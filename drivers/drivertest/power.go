@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"slices"
+	"sync"
 	"syscall"
 
 	"github.com/layerctl/layerctl/drivers"
@@ -71,7 +72,8 @@ func (k *kit) on(dir string) *kit {
 	return &other
 }
 
-// cut returns a kit on what a power cut at this moment would leave.
+// cut returns a kit on what a power cut at this moment would leave, until
+// release or the end of the test.
 func (d *disk) cut() (after *kit, release func()) {
 	d.Helper()
 	scratch := testenv.Scratch(d.T)
@@ -90,14 +92,21 @@ func (d *disk) cut() (after *kit, release func()) {
 		d.Fatalf("the file system after the cut: %v", err)
 	}
 	inner := *d.kit
-	inner.root, inner.mounts = dir+"/r", nil
+	inner.root, inner.mounts, inner.driver = dir+"/r", nil, nil
+	release = sync.OnceFunc(func() { inner.dropDisk(dir, image) })
+	d.Cleanup(release)
 	inner.driver = inner.open(inner.root)
-	return &inner, func() {
-		inner.unmountAll()
-		d.check(inner.driver.Close())
-		d.check(sys.Umount(dir, 0))
-		d.check(os.Remove(image))
+	return &inner, release
+}
+
+// dropDisk lets go of what cut made.
+func (k *kit) dropDisk(dir, image string) {
+	k.unmountAll()
+	if k.driver != nil {
+		k.check(k.driver.Close())
 	}
+	k.check(sys.Umount(dir, 0))
+	k.check(os.Remove(image))
 }
 
 func (k *kit) unmountAll() {
