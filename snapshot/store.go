@@ -154,7 +154,11 @@ func prepareRoot(root string, o Options) error {
 	if o.ReadOnly {
 		return fmt.Errorf("no store there: %w", errdefs.ErrNotFound)
 	}
-	return rootError(makeStore(root, o.Volatile))
+	err = makeStore(root, o.Volatile)
+	if err == nil || checkFormat(root) == nil {
+		return checkFormat(root) // perhaps another made it meanwhile
+	}
+	return rootError(err)
 }
 
 // checkFormat reads store.json; an error that wraps fs.ErrNotExist says that
@@ -218,13 +222,16 @@ func writeFile(path string, b []byte, sync bool) error {
 	}
 	defer dir.Close()
 	base := filepath.Base(path)
-	tmp := fmt.Sprintf("%s.%d", base, os.Getpid())
-	f, err := dir.Openat(tmp, sys.O_WRONLY|sys.O_CREAT|sys.O_TRUNC, 0o644)
+	f, err := os.CreateTemp(filepath.Dir(path), base+".*")
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if _, err = f.Write(b); err == nil && sync {
+	tmp := filepath.Base(f.Name())
+	if _, err = f.Write(b); err == nil {
+		err = f.Chmod(0o644)
+	}
+	if err == nil && sync {
 		err = f.Sync()
 	}
 	if err == nil {
