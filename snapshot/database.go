@@ -200,7 +200,7 @@ func (d *database) shutdown() {
 // out delays a waiter by no more than a moment.
 func (d *database) wanted() bool {
 	if d.wait == nil {
-		return false // read-only: a writer that waits gets its turn when we are idle
+		return false // read-only, and nobody ever wrote here
 	}
 	held, err := d.wait.FlockHeld()
 	return held || err != nil
@@ -213,7 +213,7 @@ func (d *database) path(name string) string { return filepath.Join(d.dir, name) 
 func (d *database) open(a *attempt) {
 	lock, db, err := d.openFiles()
 	var wait *sys.Fd
-	if err == nil && !d.readOnly {
+	if err == nil && lock != nil {
 		wait, err = sys.Open(d.path("db.wait"), sys.O_RDONLY, 0)
 		if err != nil {
 			err = errors.Join(dbError("lock", err), db.Close(), lock.Close())
@@ -275,10 +275,13 @@ func (d *database) takeTurn() (*sys.Lock, error) {
 // openBolt opens the file itself. Its own flock is ours at once, unless a
 // foreign program has the file open.
 func (d *database) openBolt() (*bolt.DB, error) {
-	_, statErr := os.Stat(d.path("db.bolt"))
+	fresh, err := d.isNew()
+	if err != nil {
+		return nil, err
+	}
 	var db *bolt.DB
 	var file *os.File
-	err := guard("open", func() (err error) {
+	err = guard("open", func() (err error) {
 		db, err = bolt.Open(d.path("db.bolt"), 0o600, &bolt.Options{
 			Timeout:         time.Second,
 			ReadOnly:        d.readOnly,
@@ -305,12 +308,29 @@ func (d *database) openBolt() (*bolt.DB, error) {
 	if err != nil {
 		return nil, dbError("open", err)
 	}
-	if errors.Is(statErr, os.ErrNotExist) && !d.noSync { // new: its name must last, too
+	if fresh && !d.noSync { // its name must last, too
 		if err := syncDir(d.dir); err != nil {
 			return nil, errors.Join(dbError("open", err), db.Close())
 		}
 	}
 	return db, nil
+}
+
+// isNew reports whether the database is yet to be made: it is absent, or a crash
+// came before its first page. Where there are drivers there was a database: an
+// empty one in its place would make every layer an orphan.
+func (d *database) isNew() (bool, error) {
+	i, err := os.Stat(d.path("db.bolt"))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return false, dbError("open", err)
+	}
+	if err == nil && i.Size() > 0 {
+		return false, nil
+	}
+	if _, err := os.Stat(d.path("drivers")); err == nil {
+		return false, fmt.Errorf("database %s is missing or empty, and drivers/ is not: restore it from a copy, or move drivers/ away for a new store: %w", d.path("db.bolt"), errdefs.ErrDataLoss)
+	}
+	return true, nil
 }
 
 // syncDir flushes the names in a directory.
@@ -402,6 +422,8 @@ func dbError(op string, err error) error {
 		s = errdefs.ErrResourceExhausted
 	case errors.Is(err, syscall.EROFS):
 		s = errdefs.ErrFailedPrecondition
+	case errors.Is(err, os.ErrNotExist):
+		s = errdefs.ErrNotFound
 	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):
 		s = errdefs.ErrPermissionDenied
 	case errors.Is(err, bolterrors.ErrInvalid), errors.Is(err, bolterrors.ErrChecksum), errors.Is(err, bolterrors.ErrVersionMismatch):
