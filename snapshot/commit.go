@@ -56,7 +56,6 @@ type commitment struct {
 	id     drivers.ID
 	n      *node
 	base   *node // the parent to be put below; nil if there is none
-	retry  bool  // an earlier Commit of this layer left its intent
 	usage  drivers.Usage
 }
 
@@ -129,7 +128,6 @@ func (c *commitment) plan(t *txn) (err error) {
 	if c.n.name.Kind != snapshots.KindActive {
 		return fmt.Errorf("is not active but %s: %w", c.n.name.Kind, errdefs.ErrFailedPrecondition)
 	}
-	c.retry = t.get(bucketIntents, idKey(c.id)) != nil
 	return c.planParent(t)
 }
 
@@ -184,15 +182,17 @@ func (c *commitment) carryOut(ctx context.Context, d drivers.Driver) error {
 	return nil
 }
 
-// freeze has the driver commit the layer, unless an earlier try got that far.
+// freeze has the driver commit the layer. One that a commit had frozen already,
+// which never came to its record, is refused, and as good as frozen now.
 func (c *commitment) freeze(ctx context.Context, d drivers.Driver) (err error) {
-	if c.retry {
-		if ms, merr := d.Mounts(ctx, c.n.ref, drivers.MountOptions{}); merr == nil && readOnly(ms) {
-			c.usage, err = d.Usage(ctx, c.n.ref)
-			return err
-		}
-	}
 	c.usage, err = d.Commit(ctx, c.n.ref, drivers.CommitOptions{Volatile: c.intent.Volatile})
+	if !errdefs.IsFailedPrecondition(err) {
+		return err
+	}
+	if ms, merr := d.Mounts(ctx, c.n.ref, drivers.MountOptions{}); merr != nil || !readOnly(ms) {
+		return err
+	}
+	c.usage, err = d.Usage(ctx, c.n.ref)
 	return err
 }
 

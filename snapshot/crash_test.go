@@ -43,7 +43,7 @@ func runJob(text string) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	work := map[string]func(context.Context, job) error{"life": liveJob, "churn": churnJob, "hold": holdJob, "put": putJob}[j.Name]
+	work := map[string]func(context.Context, job) error{"life": liveJob, "churn": churnJob, "hold": holdJob, "put": putJob, "freeze": freezeJob}[j.Name]
 	var mu sync.Mutex
 	steps := 0
 	ctx := faults.With(context.Background(), func(string) error {

@@ -159,10 +159,14 @@ func (s *Store) recoverCommit(ctx context.Context, id drivers.ID, i intent) erro
 			return err
 		}
 	}
-	if err := s.db.update(ctx, func(t *txn) error { return t.delete(bucketIntents, idKey(id)) }); err != nil {
-		return err
+	if derr := s.db.update(ctx, func(t *txn) error { return t.delete(bucketIntents, idKey(id)) }); derr != nil {
+		return derr
 	}
-	s.found(f.done("called off: the snapshot is active as before"))
+	how := "called off: the snapshot is active as before"
+	if err != nil {
+		how = fmt.Sprintf("called off, since %v: commit it again", err)
+	}
+	s.found(f.done(how))
 	return nil
 }
 
