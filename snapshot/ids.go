@@ -154,18 +154,6 @@ func (i *ids) settled(of *block, ended []drivers.ID) {
 	}
 }
 
-// owns reports whether id is of a block that this Store has leased.
-func (i *ids) owns(id drivers.ID) bool {
-	i.mu.Lock()
-	defer i.mu.Unlock()
-	for _, b := range i.blocks {
-		if b.first <= id && id < b.end {
-			return true
-		}
-	}
-	return false
-}
-
 // close gives up all leases. One with an ID that may have left something on
 // disk stays in the database for the next recovery.
 func (i *ids) close(ctx context.Context) error {

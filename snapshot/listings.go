@@ -86,8 +86,7 @@ type lister struct {
 	running bool          // guarded by mu
 	closing bool          // guarded by mu; old ones are dropped
 	idle    chan struct{} // guarded by mu; closed when not running
-	current drivers.ID    // guarded by mu
-	isOld   bool          // guarded by mu; about current
+	isOld   bool          // guarded by mu; the one in work is of old
 	cancel  context.CancelFunc
 	ctx     context.Context
 	stop    context.CancelFunc
