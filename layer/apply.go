@@ -148,9 +148,9 @@ func (u *unpacker) close(ok bool) error {
 // publish flushes and reports.
 //
 // One syncfs of the file system is chosen over an fsync of each file and
-// directory: for the 15,790 entries of a Debian root it is 20 times faster on
-// ext4, and only its price is that it waits for what others have written to the
-// same file system, too.
+// directory: of a Debian root's 7,206 on ext4 on a virtual disk (Linux 6.18) it
+// took 0.2 to 0.3 s, where the others took 12. Its price is that it waits for
+// what others have written to the same file system, too.
 func (u *unpacker) publish(ctx context.Context) error {
 	if err := faults.Point(ctx, "layer: apply: unpacked"); err != nil {
 		return err

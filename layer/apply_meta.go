@@ -205,6 +205,11 @@ func (u *unpacker) stampOverridden(s spot, fd *sys.Fd, it *item) error {
 		return err
 	}
 	t := target{fd: fd}
+	if s.d.defaultACL {
+		if err := dropInherited(t, e); err != nil {
+			return err
+		}
+	}
 	if err := u.setXattrs(s, t, it.xattrs); err != nil {
 		return err
 	}

@@ -212,13 +212,15 @@ func (u *unpacker) nodeEntry(s spot, it *item) error {
 	}
 	mode := uint32(it.e.Type) | u.birthMode(&it.e)
 	err := u.place(s, func() error { return s.d.up.Mknod(s.name, mode, it.e.Major, it.e.Minor) })
-	if errors.Is(err, syscall.EPERM) {
+	denied := errors.Is(err, syscall.EPERM)
+	if err == nil {
+		err = u.stamp(s, nil, it)
+		denied = errors.Is(err, errOwner)
+	}
+	switch {
+	case denied:
 		return u.standIn(s, it, err)
-	}
-	if err != nil {
-		return err
-	}
-	if err := u.stamp(s, nil, it); err != nil {
+	case err != nil:
 		return err
 	}
 	return u.done(s, it, "")
@@ -232,7 +234,8 @@ func (u *unpacker) refuseWhiteoutDevice(e *Entry) error {
 	return fmt.Errorf("a 0/0 character device is what overlayfs deletes with: %w", errdefs.ErrInvalidArgument)
 }
 
-// standIn stores a device that may not be made as an empty file that says so.
+// standIn stores a device or fifo that may not be made, or not with its owner, as
+// an empty file that says so.
 func (u *unpacker) standIn(s spot, it *item, denied error) error {
 	if !u.o.OverrideStat {
 		return u.skip(s.path, denied)
