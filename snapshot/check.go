@@ -319,7 +319,7 @@ func (c *checker) orphan(ctx context.Context, name string, d drivers.Driver, id 
 		c.add(f)
 		return nil
 	}
-	if err := c.s.removeOrphan(ctx, name, d, id); err != nil {
+	if ok, err := c.s.removeOrphan(ctx, name, d, id); err != nil || !ok {
 		return err
 	}
 	c.add(f.done("removed"))
@@ -426,6 +426,9 @@ func (c *checker) strayListing(ctx context.Context, file string) error {
 		if part && !c.s.isFree(listingPlace(id)) {
 			return nil
 		}
+	}
+	if _, err := os.Lstat(filepath.Join(c.s.root, "listings", file)); errors.Is(err, os.ErrNotExist) {
+		return nil // it went with its layer meanwhile
 	}
 	f := Finding{Problem: ListingStray, Object: "listings/" + file, Detail: "there is no such layer", Suggestion: "check with repair removes it"}
 	if ok && c.o.Repair {
@@ -538,7 +541,7 @@ func (c *checker) unlisted(ctx context.Context, n *node, object string) error {
 		}
 		return nil
 	}
-	if err := c.s.list(ctx, n.ref.ID); err != nil {
+	if err := c.s.list(ctx, n.ref.ID, c.s.locks.exclusive); err != nil {
 		c.add(f.cannot(err, f.Suggestion))
 		return ctx.Err()
 	}
@@ -551,6 +554,11 @@ var errOtherDigest = errors.New("another digest")
 // rewriteListing writes a layer's listing anew, unless it comes out with another
 // digest than the recorded one.
 func (s *Store) rewriteListing(ctx context.Context, from, to *node) (d digest.Digest, err error) {
+	release, err := s.locks.exclusive(ctx, listingPlace(to.ref.ID), "another that makes the same listing")
+	if err != nil {
+		return "", err
+	}
+	defer release()
 	return s.writeListing(to.ref.ID, false, func(w *layer.ListingWriter) error { return s.listChanges(ctx, w, from, to) }, func(got digest.Digest) error {
 		if got != to.layer.Digest {
 			return errOtherDigest

@@ -275,10 +275,10 @@ func (s *Store) bytesOf(ctx context.Context, d drivers.Driver, p payable) int64 
 	return max(u.Bytes, 0)
 }
 
-// forget drops the records and the listing of a layer whose bytes are gone.
+// forget drops the listing and then the records of a layer whose bytes are gone.
 func (s *Store) forget(ctx context.Context, id drivers.ID) error {
-	if err := s.db.update(ctx, func(t *txn) error { return t.deleteLayer(id) }); err != nil {
+	if err := s.removeListing(id); err != nil {
 		return err
 	}
-	return s.removeListing(id)
+	return s.db.update(ctx, func(t *txn) error { return t.deleteLayer(id) })
 }
