@@ -28,28 +28,29 @@ import (
 type job struct {
 	Name, Root, Driver string
 	Seed               int
-	KillAt             int // ends the process at that step, counted from 1
+	KillAt             int    // ends the process at that step, counted from 1
+	Step               string // ends the process at the step of that name
 }
 
 func (j job) command() *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), fmt.Sprintf("SNAPSHOT_TEST_JOB=%s %s %s %d %d", j.Name, j.Root, j.Driver, j.Seed, j.KillAt))
+	cmd.Env = append(os.Environ(), fmt.Sprintf("SNAPSHOT_TEST_JOB=%s %s %s %d %d %s", j.Name, j.Root, j.Driver, j.Seed, j.KillAt, strings.ReplaceAll(j.Step, " ", "")+"."))
 	return cmd
 }
 
 func runJob(text string) int {
 	var j job
-	if _, err := fmt.Sscanf(text, "%s %s %s %d %d", &j.Name, &j.Root, &j.Driver, &j.Seed, &j.KillAt); err != nil {
+	if _, err := fmt.Sscanf(text, "%s %s %s %d %d %s", &j.Name, &j.Root, &j.Driver, &j.Seed, &j.KillAt, &j.Step); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	work := map[string]func(context.Context, job) error{"life": liveJob, "churn": churnJob, "hold": holdJob, "put": putJob, "freeze": freezeJob}[j.Name]
+	work := map[string]func(context.Context, job) error{"life": liveJob, "churn": churnJob, "hold": holdJob, "put": putJob, "dieat": dieAtJob}[j.Name]
 	var mu sync.Mutex
 	steps := 0
-	ctx := faults.With(context.Background(), func(string) error {
+	ctx := faults.With(context.Background(), func(step string) error {
 		mu.Lock()
 		defer mu.Unlock()
-		if steps++; steps == j.KillAt {
+		if steps++; steps == j.KillAt || strings.ReplaceAll(step, " ", "")+"." == j.Step {
 			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			select {} // until it comes
 		}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 
 	"github.com/opencontainers/go-digest"
 
@@ -25,7 +26,7 @@ func (s *Store) listingPath(id drivers.ID) string {
 func (s *Store) removeListing(id drivers.ID) error {
 	for _, suffix := range []string{"", ".part"} {
 		if err := os.Remove(s.listingPath(id) + suffix); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
+			return rootError(err)
 		}
 	}
 	return nil
@@ -60,6 +61,9 @@ func (s *Store) writeListing(id drivers.ID, volatile bool, fill func(*layer.List
 	}
 	if err != nil {
 		_ = os.Remove(part)
+		if errors.As(err, new(syscall.Errno)) { // of the file, that is; errors of fill have their own sentinel
+			err = rootError(err)
+		}
 		return d, err
 	}
 	if sync {
@@ -123,7 +127,7 @@ func (l *lister) queue(q *[]drivers.ID, ids ...drivers.ID) {
 }
 
 // next returns the next layer with the context to work in.
-func (l *lister) next() (drivers.ID, context.Context) {
+func (l *lister) next() (id drivers.ID, isOld bool, ctx context.Context) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closing {
@@ -136,23 +140,26 @@ func (l *lister) next() (drivers.ID, context.Context) {
 	if len(*q) == 0 || l.ctx.Err() != nil {
 		l.running = false
 		close(l.idle)
-		return 0, nil
+		return 0, false, nil
 	}
-	id := (*q)[0]
+	id = (*q)[0]
 	*q = (*q)[1:]
 	l.isOld = q == &l.old
-	var ctx context.Context
 	ctx, l.cancel = context.WithCancel(l.ctx)
-	return id, ctx
+	return id, l.isOld, ctx
 }
 
 func (l *lister) run() {
 	for {
-		id, ctx := l.next()
+		id, isOld, ctx := l.next()
 		if ctx == nil {
 			return
 		}
-		if err := l.s.list(ctx, id); err != nil && ctx.Err() == nil {
+		lock := l.s.locks.exclusive
+		if isOld {
+			lock = l.s.locks.unlessHeld
+		}
+		if err := l.s.list(ctx, id, lock); err != nil && !errors.Is(err, errHeld) && ctx.Err() == nil {
 			l.s.o.Log(fmt.Sprintf("listing of layer %s: %v", id, err))
 		}
 		l.cancel()
@@ -194,10 +201,11 @@ func (l *lister) wait(ctx context.Context) error {
 // found unfinished among them.
 func (s *Store) FinishListings(ctx context.Context) error { return s.listings.wait(ctx) }
 
-// list computes the listing of a committed layer, unless another does or has.
-func (s *Store) list(ctx context.Context, id drivers.ID) error {
-	release, ok, err := s.locks.try(listingPlace(id))
-	if err != nil || !ok {
+// list computes the listing of a committed layer, unless another has. lock says
+// what to do while another does: it may give up, when its store is closed.
+func (s *Store) list(ctx context.Context, id drivers.ID, lock lockFunc) error {
+	release, err := lock(ctx, listingPlace(id), "another process to make a listing")
+	if err != nil {
 		return err
 	}
 	defer release()

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
 )
@@ -97,6 +99,35 @@ func (l *locks) try(p place) (release func(), ok bool, err error) {
 	}
 	l.held[p] = &holding{writer: true, changed: make(chan struct{})}
 	return l.releaser(p, sys.LockExclusive), true, nil
+}
+
+// free reports whether nobody holds a place, without taking it: a caller who
+// tries it at the same time is not turned away.
+func (l *locks) free(p place) (bool, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.closed:
+		return false, errClosed
+	case l.held[p] != nil:
+		return false, nil
+	case l.fd == nil:
+		return true, nil
+	}
+	locked, err := l.fd.RangeLocked(int64(p), 1)
+	return !locked, err
+}
+
+// errHeld is what unlessHeld returns for a place that another holds.
+var errHeld = fmt.Errorf("held by another: %w", errdefs.ErrUnavailable)
+
+// unlessHeld is exclusive without the waiting.
+func (l *locks) unlessHeld(_ context.Context, p place, _ string) (release func(), err error) {
+	release, ok, err := l.try(p)
+	if err == nil && !ok {
+		err = errHeld
+	}
+	return release, err
 }
 
 // kernel takes a place for this Store; mu is held.

@@ -26,7 +26,9 @@ type remains struct {
 func (r *remains) none() bool { return len(r.leases) == 0 && len(r.intents) == 0 }
 
 // recover looks for what dead processes left. Where nobody died that is one
-// read transaction. One process recovers at a time.
+// read transaction. One process recovers at a time. What cannot be recovered now
+// is a finding and no error: the store must open for who would make room on a
+// full disk, or check what is damaged.
 func (s *Store) recover(ctx context.Context) error {
 	r, err := s.remains(ctx)
 	if err != nil {
@@ -46,15 +48,23 @@ func (s *Store) recover(ctx context.Context) error {
 	}
 	for id, i := range r.intents {
 		if err := s.recoverCommit(ctx, id, i); err != nil {
-			return err
+			s.found(i.cutShort().cannot(err, "see the error, and open the store again"))
 		}
 	}
 	for first, l := range r.leases {
 		if err := s.recoverLease(ctx, first, l); err != nil {
-			return err
+			s.found(l.halfMade("lease "+first.String()).cannot(err, "see the error, and open the store again"))
 		}
 	}
-	return nil
+	return ctx.Err()
+}
+
+func (i *intent) cutShort() Finding {
+	return Finding{Problem: InterruptedCommit, Object: i.View + "/" + i.Key, Detail: fmt.Sprintf("commit as %q by %s was cut short", i.Name, i.Owner.died())}
+}
+
+func (l *lease) halfMade(object string) Finding {
+	return Finding{Problem: OrphanLayer, Object: object, Detail: "half made by " + l.Owner.died()}
 }
 
 func (s *Store) remains(ctx context.Context) (*remains, error) {
@@ -104,12 +114,8 @@ func (s *Store) anyDead(r *remains) bool {
 }
 
 func (s *Store) isFree(p place) bool {
-	release, ok, err := s.locks.try(p)
-	if err != nil || !ok {
-		return false
-	}
-	release()
-	return true
+	free, err := s.locks.free(p)
+	return free && err == nil
 }
 
 // died says whose work it is, and whether he ended or the whole machine did.
@@ -129,7 +135,7 @@ func (s *Store) recoverCommit(ctx context.Context, id drivers.ID, i intent) erro
 	}
 	defer release()
 	c := &commitment{s: s, id: id, intent: i}
-	f := Finding{Problem: InterruptedCommit, Object: i.View + "/" + i.Key, Detail: fmt.Sprintf("commit as %q by %s was cut short", i.Name, i.Owner.died())}
+	f := i.cutShort()
 	err = s.db.view(ctx, func(t *txn) error {
 		if t.get(bucketIntents, idKey(id)) == nil {
 			return errGone
@@ -197,11 +203,11 @@ func (s *Store) recoverLease(ctx context.Context, first drivers.ID, l lease) err
 		return err // its owner lives
 	}
 	defer release()
-	complete := true
-	known, _, err := s.driversOnDisk()
+	known, unknown, err := s.driversOnDisk()
 	if err != nil {
 		return err
 	}
+	complete := len(unknown) == 0 // else a program that has the driver looks
 	for _, driver := range known {
 		ok, err := s.removeOrphans(ctx, driver, first, l)
 		if err != nil {
@@ -232,26 +238,26 @@ func (s *Store) removeOrphans(ctx context.Context, driver string, first drivers.
 		return false, err
 	}
 	for _, id := range orphans {
-		f := Finding{Problem: OrphanLayer, Object: driver + "/" + id.String(), Detail: "half made by " + l.Owner.died()}
-		if err := s.removeOrphan(ctx, driver, d, id); err != nil {
+		if ok, err := s.removeOrphan(ctx, driver, d, id); err != nil || !ok {
 			return false, err
 		}
-		s.found(f.done("removed"))
+		s.found(l.halfMade(driver + "/" + id.String()).done("removed"))
 	}
 	return true, nil
 }
 
-// removeOrphan removes a layer without a record, or makes it a debt.
-func (s *Store) removeOrphan(ctx context.Context, driver string, d drivers.Driver, id drivers.ID) error {
+// removeOrphan removes a layer without a record, or makes it a debt. false says
+// that somebody is at work on it.
+func (s *Store) removeOrphan(ctx context.Context, driver string, d drivers.Driver, id drivers.ID) (bool, error) {
 	release, ok, err := s.locks.try(layerPlace(id))
 	if err != nil || !ok {
-		return err
+		return false, err
 	}
 	defer release()
 	if err := d.Remove(ctx, id); err == nil || ctx.Err() != nil {
-		return ctx.Err()
+		return true, ctx.Err()
 	}
-	return s.db.update(ctx, func(t *txn) error {
+	return true, s.db.update(ctx, func(t *txn) error {
 		return t.addDebt(id, &layerRecord{Driver: driver, Created: time.Now().UnixNano()}, drivers.Ref{ID: id}, "discarded")
 	})
 }

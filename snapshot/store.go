@@ -101,6 +101,9 @@ func open(ctx context.Context, root string, o Options) (*Store, error) {
 		return nil, rootError(err)
 	}
 	if err := s.recover(ctx); err != nil {
+		ended, cancel := context.WithCancel(ctx)
+		cancel()
+		s.listings.close(ended)
 		s.abandon()
 		return nil, err
 	}

@@ -2,8 +2,10 @@ package snapshot_test
 
 import (
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -12,7 +14,8 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 
-	"github.com/layerctl/layerctl/internal/faults"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/native"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/snapshot"
 )
@@ -88,7 +91,7 @@ func TestCommitAgainAfterTheNameWasTaken(t *testing.T) {
 		layerOf(t, v, "base", "", map[string]string{"a": "1"})
 		must(t, second(v.Prepare(t.Context(), "act", "base")))
 		write(t, v, "act", map[string]string{"f": "kept"})
-		j := job{Name: "freeze", Root: s.Root(), Driver: filepath.Base(t.Name())}
+		j := job{Name: "dieat", Root: s.Root(), Driver: filepath.Base(t.Name()), Step: "store: commit: frozen"}
 		if out, err := j.command().CombinedOutput(); err == nil || len(out) > 0 {
 			t.Fatalf("was not killed: %v, %s", err, out)
 		}
@@ -101,9 +104,112 @@ func TestCommitAgainAfterTheNameWasTaken(t *testing.T) {
 	})
 }
 
-// freezeJob commits "act" as "taken" and dies when the driver has frozen it.
-func freezeJob(ctx context.Context, j job) error {
-	s, err := snapshot.Open(ctx, j.Root, snapshot.Options{Registry: registry()})
+// TestListingThatCannotBeRemovedIsNotForgotten: the debt stays until its listing
+// is gone, too, so a GC that dies between leaves nothing stray.
+func TestListingThatCannotBeRemovedIsNotForgotten(t *testing.T) {
+	s := open(t, testenv.Scratch(t))
+	v := view(t, s, "v", "native")
+	layerOf(t, v, "x", "", map[string]string{"a": "1"})
+	must(t, s.FinishListings(t.Context()))
+	r, err := v.Record(t.Context(), "x")
+	must(t, err)
+	must(t, v.Remove(t.Context(), "x"))
+	listing := filepath.Join(s.Root(), "listings", r.ID.String())
+	must(t, os.Remove(listing))
+	must(t, os.MkdirAll(filepath.Join(listing, "obstacle"), 0o700))
+	_, err = s.GC(t.Context())
+	wants(t, err, syscall.ENOTEMPTY)
+	must(t, os.Remove(filepath.Join(listing, "obstacle")))
+	g, err := s.GC(t.Context())
+	must(t, err)
+	if g.Layers != 1 {
+		t.Errorf("second gc: %+v", g)
+	}
+	clean(t, s)
+}
+
+// TestListingIsMadeThoughAnotherGaveItUp: a process that has just opened the store takes
+// a listing and is closed; the one that committed makes it.
+func TestListingIsMadeThoughAnotherGaveItUp(t *testing.T) {
+	root := seedStore(t, "native")
+	a := open(t, root)
+	va := view(t, a, "v", "native")
+	must(t, second(va.Prepare(t.Context(), "act", "base")))
+	write(t, va, "act", map[string]string{"f": "1"})
+	var b *snapshot.Store
+	taken, given := make(chan struct{}), make(chan struct{})
+	thief := withHook(context.Background(), func(step string) error {
+		if step == "store: list: written" {
+			close(taken)
+			<-given
+			return context.Canceled
+		}
+		return nil
+	})
+	ctx := withHook(t.Context(), func(step string) (err error) {
+		if step == "store: commit: recorded" {
+			b, err = snapshot.Open(thief, root, snapshot.Options{Registry: registry()})
+			must(t, err)
+			time.Sleep(100 * time.Millisecond) // for b to take it; it gets to the layer when this commit is over
+		}
+		return nil
+	})
+	must(t, va.Commit(ctx, "c", "act"))
+	<-taken
+	time.AfterFunc(50*time.Millisecond, func() { close(given) }) // a has looked by then
+	must(t, a.FinishListings(t.Context()))
+	if r, err := va.Record(t.Context(), "c"); err != nil || r.TreeDigest == "" {
+		t.Errorf("no listing: %+v, %v", r, err)
+	}
+	must(t, b.Close())
+}
+
+// TestFullDiskDoesNotKeepTheStoreShut: what cannot be recovered now is told, and
+// the store opens, so that room can be made in it.
+func TestFullDiskDoesNotKeepTheStoreShut(t *testing.T) {
+	testenv.Root(t)
+	for _, step := range []string{"store: create: made", "store: commit: frozen", "store: commit: intended"} {
+		t.Run(step, func(t *testing.T) {
+			dir := testenv.FS(t, "tmpfs", testenv.Size(8<<20))
+			root := filepath.Join(dir, "store")
+			s := open(t, root)
+			v := view(t, s, "v", "native")
+			layerOf(t, v, "base", "", map[string]string{"a": "1", "big": strings.Repeat("x", 1<<20)})
+			must(t, second(v.Prepare(t.Context(), "act", "base")))
+			must(t, s.Close())
+			_ = job{Name: "dieat", Root: root, Driver: "native", Step: step}.command().Run()
+			ballast := filepath.Join(dir, "ballast")
+			fill(t, ballast)
+			s = reopen(t, root)
+			if len(s.Recovered()) == 0 {
+				t.Error("nothing is told")
+			}
+			must(t, os.Remove(ballast))
+			must(t, s.Close())
+			again := reopen(t, root)
+			clean(t, again)
+		})
+	}
+}
+
+// TestUnknownDriverKeepsItsHalfMadeLayers: a program without the driver does not
+// end the lease that says what is half-made.
+func TestUnknownDriverKeepsItsHalfMadeLayers(t *testing.T) {
+	testenv.Root(t)
+	root := seedStore(t, "overlay")
+	_ = job{Name: "dieat", Root: root, Driver: "overlay", Step: "store: create: made"}.command().Run()
+	s := reopen(t, root, func(o *snapshot.Options) { o.Registry = drivers.NewRegistry(native.Factory()); o.NoListings = true })
+	must(t, s.Close())
+	s = reopen(t, root)
+	if r := s.Recovered(); len(r) != 1 || r[0].Problem != snapshot.OrphanLayer {
+		t.Errorf("recovered: %v", r)
+	}
+	clean(t, s)
+}
+
+// dieAtJob prepares "new" on "base" and commits "act", and is killed at a step.
+func dieAtJob(ctx context.Context, j job) error {
+	s, err := snapshot.Open(ctx, j.Root, snapshot.Options{Registry: registry(), NoListings: true})
 	if err != nil {
 		return err
 	}
@@ -111,11 +217,6 @@ func freezeJob(ctx context.Context, j job) error {
 	if err != nil {
 		return err
 	}
-	return v.Commit(faults.With(ctx, func(step string) error {
-		if step == "store: commit: frozen" {
-			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			select {}
-		}
-		return nil
-	}), "taken", "act")
+	_, err = v.Prepare(ctx, "new", "base")
+	return errors.Join(err, v.Commit(ctx, "taken", "act"))
 }
