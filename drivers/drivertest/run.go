@@ -102,7 +102,7 @@ func (f *fsys) String() string {
 	if f.privileged {
 		return f.kind
 	}
-	return f.kind + " unprivileged"
+	return f.kind + "/unprivileged"
 }
 
 // run runs every case, then says what came of them.
