@@ -7,8 +7,10 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"io"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -109,24 +111,43 @@ func (e Entry) header() tar.Header {
 	return h
 }
 
-// Compress compresses b as "gzip" or "zstd"; anything else leaves it.
+// compressed keeps what Compress made: tests make the same image many times.
+var compressed sync.Map // of [2]string{how, bytes} to []byte
+
+// Compress compresses b as "gzip" or "zstd"; anything else leaves it. The result
+// may be shared: do not write to it.
 func Compress(t testing.TB, b []byte, how string) []byte {
 	t.Helper()
+	key := [2]string{how, string(b)}
+	if out, ok := compressed.Load(key); ok {
+		return out.([]byte)
+	}
+	out := compress(t, b, how)
+	compressed.Store(key, out)
+	return out
+}
+
+func compress(t testing.TB, b []byte, how string) []byte {
+	t.Helper()
 	var out bytes.Buffer
+	var w io.WriteCloser
+	var err error
 	switch how {
 	case "gzip":
-		w := gzip.NewWriter(&out)
-		w.Write(b)
-		w.Close()
+		w, err = gzip.NewWriterLevel(&out, gzip.BestSpeed)
 	case "zstd":
-		w, err := zstd.NewWriter(&out)
-		if err != nil {
-			t.Fatal(err)
-		}
-		w.Write(b)
-		w.Close()
+		w, err = zstd.NewWriter(&out)
 	default:
 		return b
+	}
+	if err == nil {
+		_, err = w.Write(b)
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 	return out.Bytes()
 }
