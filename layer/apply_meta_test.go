@@ -226,6 +226,47 @@ func TestApplyLibarchiveXattrs(t *testing.T) {
 	}
 }
 
+// GNU tar keeps ACLs as text. What it writes is unpacked as the ACL that it read.
+func TestApplyTextACLs(t *testing.T) {
+	testenv.Root(t)
+	dir := testenv.FS(t, "ext4")
+	program := testenv.Program(t, "tar", "tar")
+	src, to := filepath.Join(dir, "src"), filepath.Join(dir, "to")
+	if err := errors.Join(os.Mkdir(src, 0o755), os.Mkdir(to, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	a := newTar()
+	addEntry(a, &Entry{Path: "f", Type: TypeReg, Mode: 0o775, Xattrs: map[string]string{"system.posix_acl_access": testACL}})
+	addEntry(a, &Entry{Path: "d", Type: TypeDir, Mode: 0o755, Xattrs: map[string]string{"system.posix_acl_default": testACL, "user.x": "1"}})
+	addEntry(a, &Entry{Path: "plain", Type: TypeReg, Mode: 0o640})
+	mustTar(t, src, a.bytes())
+	archive, err := exec.Command(program, "--format=posix", "--acls", "--xattrs", "--numeric-owner", "-C", src, "-cf", "-", ".").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Contains(archive, []byte("SCHILY.acl.")) {
+		testenv.Optional(t, "this tar has no --acls")
+	}
+	mustTar(t, to, archive)
+	if d := stateDiff(treeState(t, to), treeState(t, src)); d != "" {
+		t.Error(d)
+	}
+}
+
+func TestParseACL(t *testing.T) {
+	for text, want := range map[string]string{
+		"user::rwx\nuser:1000:rwx\ngroup::r-x\nmask::rwx\nother::r-x\n": testACL,
+		"other::r-x,u:joe:rwx:1000,u::rwx,g::r-x,m::rwx # star's":       testACL,
+		"user::rwx,group::r-x,mask:rwx,other:r-x,user:1000:rwx":         testACL,
+		"user:joe:rwx": "", "user::rwq": "", "nobody::r--": "", "user": "", "mask:5:r--": "", "user:1:r--:2:3": "",
+	} {
+		got, err := parseACL(text)
+		if got != want || (err == nil) != (want != "") || err != nil && !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%q: %q, %v", text, got, err)
+		}
+	}
+}
+
 // A directory that is only below is copied up whole, and the lower stays as it is.
 func TestApplyCopiesUpDirectories(t *testing.T) {
 	testenv.Root(t)

@@ -261,11 +261,11 @@ func (s *stack) applyTar(data []byte, printed string) bool {
 		s.upper = s.mkdir(fmt.Sprintf("u%d", s.n))
 	}
 	before := s.copyPlain()
-	perr, plainList := s.applyListed(s.plain, data, ApplyOptions{})
+	plainList, perr := s.applyListed(s.plain, data, ApplyOptions{})
 	var uerr error
 	var upperList string
 	s.mounted("", s.lower, func(low string) {
-		uerr, upperList = s.applyListed(s.upper, data, ApplyOptions{Whiteouts: s.w, Lower: low})
+		upperList, uerr = s.applyListed(s.upper, data, ApplyOptions{Whiteouts: s.w, Lower: low})
 	})
 	if (perr == nil) != (uerr == nil) {
 		s.t.Fatalf("plain: %v\noverlay: %v\n%s", perr, uerr, printed)
@@ -281,12 +281,12 @@ func (s *stack) applyTar(data []byte, printed string) bool {
 }
 
 // applyListed unpacks and returns the listing's text, too.
-func (s *stack) applyListed(dir string, data []byte, o ApplyOptions) (error, string) {
+func (s *stack) applyListed(dir string, data []byte, o ApplyOptions) (string, error) {
 	var out bytes.Buffer
 	o.Volatile, o.openDirs, o.Listing = true, s.open, NewListingWriter(&out)
 	err := Apply(s.t.Context(), dir, bytes.NewReader(data), o)
 	if _, cerr := o.Listing.Close(); err != nil || cerr != nil {
-		return errors.Join(err, cerr), ""
+		return "", errors.Join(err, cerr)
 	}
 	r, _, err := Decompress(&out)
 	if err != nil {
@@ -294,7 +294,7 @@ func (s *stack) applyListed(dir string, data []byte, o ApplyOptions) (error, str
 	}
 	defer r.Close()
 	text, err := io.ReadAll(r)
-	return err, string(text)
+	return string(text), err
 }
 
 func (s *stack) copyPlain() string {

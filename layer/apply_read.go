@@ -410,6 +410,9 @@ func paxXattr(k, v string, pax map[string]string) (name, value string, err error
 	if name, ok := strings.CutPrefix(k, paxSchily); ok {
 		return name, v, nil
 	}
+	if attr, ok := paxACLs[k]; ok {
+		return paxACL(attr, v, pax)
+	}
 	encoded, ok := strings.CutPrefix(k, paxLibarchive)
 	if !ok {
 		return "", "", nil
@@ -425,6 +428,19 @@ func paxXattr(k, v string, pax map[string]string) (name, value string, err error
 		return "", "", fmt.Errorf("PAX record %q: %w: %w", k, err, errdefs.ErrInvalidArgument)
 	}
 	return name, string(b), nil
+}
+
+// paxACL is the ACL that a record holds as text; name "" where the xattr is
+// there, too, or the mode says it all.
+func paxACL(attr, text string, pax map[string]string) (name, value string, err error) {
+	if _, twice := pax[paxSchily+attr]; twice {
+		return "", "", nil
+	}
+	value, err = parseACL(text)
+	if err != nil || attr == "system.posix_acl_access" && minimalACL(value) || len(value) == 4 {
+		return "", "", err
+	}
+	return attr, value, nil
 }
 
 // content hands on a regular file, in one part if it is small.
