@@ -406,3 +406,41 @@ func testOverlayEqualsPlain(t *testing.T, w Whiteouts) {
 		}
 	})
 }
+
+// TestWhiteoutsMayStandAnywhere: whiteouts and opaque markers are about what was
+// there before, so an archive means the same with them first, last or as they
+// come (unless a path goes through what one of them deletes, or fails).
+func TestWhiteoutsMayStandAnywhere(t *testing.T) {
+	testenv.Root(t)
+	fs := testenv.FS(t, "tmpfs")
+	n := 0
+	rapid.Check(t, func(rt *rapid.T) {
+		n++
+		base := genLayer(rt, []string{"dir", "dir", "file", "fifo"}, 12)
+		layer := genLayer(rt, []string{"dir", "dir", "file", "file", "fifo", "whiteout", "whiteout", "opaque"}, 8)
+		deletes := func(g genEntry) bool { return g.Kind == "whiteout" || g.Kind == "opaque" }
+		bring := slices.DeleteFunc(slices.Clone(layer), deletes)
+		del := slices.DeleteFunc(slices.Clone(layer), func(g genEntry) bool { return !deletes(g) })
+		var want map[string]string
+		for i, order := range [][]genEntry{slices.Concat(del, bring), slices.Concat(bring, del), layer} {
+			dir := filepath.Join(fs, fmt.Sprint(n, "-", i))
+			if err := os.Mkdir(dir, 0o755); err != nil {
+				rt.Fatal(err)
+			}
+			defer os.RemoveAll(dir)
+			for _, entries := range [][]genEntry{base, order} {
+				err := errors.Join(Apply(rt.Context(), dir, bytes.NewReader(genTar(entries)), ApplyOptions{Volatile: true}), sysUtimes(dir, testTime))
+				if err != nil {
+					return
+				}
+			}
+			got := treeState(t, dir)
+			if want == nil {
+				want = got
+			}
+			if d := stateDiff(got, want); d != "" {
+				rt.Fatalf("%sbase:\n%slayer:\n%s", d, printEntries(base), printEntries(order))
+			}
+		}
+	})
+}
