@@ -435,19 +435,19 @@ func inPrivateNamespace(f func() error) error {
 
 // onOwnThread runs f on a thread that nothing else will ever use: it is locked
 // and never unlocked, so that the runtime ends it with the goroutine. The main
-// thread cannot be ended, and /proc/self shows the process by it, so it is never
-// taken.
+// thread cannot be ended (runtime/proc.go: mexit): it would keep the namespace or
+// the working directory, and so a mount, in use for the life of the process. A
+// goroutine that finds itself on it holds it while another takes its place.
 func onOwnThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
-		if sys.OnMainThread() { // keep it until another thread has done the work
-			err := onOwnThread(f)
-			runtime.UnlockOSThread()
-			done <- err
+		if syscall.Gettid() != os.Getpid() {
+			done <- f()
 			return
 		}
-		done <- f()
+		done <- onOwnThread(f)
+		runtime.UnlockOSThread()
 	}()
 	return <-done
 }
