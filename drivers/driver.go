@@ -196,8 +196,9 @@ type Capabilities struct {
 	// shows the mount.
 	SharedWriter bool
 	// LinksSettle: a parent's file that gets another name shows one inode number
-	// under all its names only once the layer is mounted again (overlayfs in a
-	// user namespace, which cannot note where a copy came from).
+	// under all its names only once the layer is mounted again, and to rename one
+	// of them to another is ESTALE until then (overlayfs in a user namespace, which
+	// cannot note where a copy came from).
 	LinksSettle bool
 
 	// Lost names what this process cannot store here ("owners outside the user
