@@ -1,10 +1,16 @@
 package drivertest
 
 import (
+	"archive/tar"
 	"bytes"
+	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -26,11 +32,74 @@ type pair struct {
 }
 
 func exactCases() []testCase {
-	var cs []testCase
+	cs := []testCase{
+		{"owners that this process may not set are kept", foreignOwners},
+		{"a name that no layer can carry is refused by name", whiteoutName},
+	}
 	for _, p := range pairs {
 		cs = append(cs, testCase{"exact " + p.name, func(k *kit) { p.run(k) }})
 	}
 	return cs
+}
+
+// foreignOwners: a layer goes in and out with its owners, whatever the process
+// may set; what it may not it keeps elsewhere, in copies too.
+func foreignOwners(k *kit) {
+	var in bytes.Buffer
+	tw := tar.NewWriter(&in)
+	for _, h := range []tar.Header{
+		{Typeflag: tar.TypeDir, Name: "d/", Mode: 0o2750, Uid: 4_000_000_000, Gid: 70_000},
+		{Typeflag: tar.TypeReg, Name: "d/f", Mode: 0o4755, Uid: 3_000_000_000, Gid: 5},
+		{Typeflag: tar.TypeReg, Name: "g", Mode: 0o600, Uid: 1000, Gid: 1000},
+	} {
+		h.ModTime, h.Format = time.Unix(1_500_000_000, 0), tar.FormatPAX
+		k.check(tw.WriteHeader(&h))
+	}
+	k.check(tw.Close())
+	r := k.applied(drivers.Ref{}, in.Bytes())
+	k.wantOwners(k.diffIsExact(drivers.Ref{}, r).tar)
+	child := k.create(r, drivers.CreateOptions{})
+	k.edit(child, func(dir string) { (&work{TB: k, dir: dir}).mtime("d/f", 1_000_000_000, 0) })
+	k.commit(child)
+	if c := k.diffIsExact(r, child); !slices.Equal(c.lines, []string{"C d/f (time)"}) {
+		k.Errorf("after a change of one time: %q", c.lines)
+	}
+	k.wantOwners(k.diffIsExact(drivers.Ref{}, child).tar)
+}
+
+// wantOwners reads a tar back and compares the owners that foreignOwners set.
+func (k *kit) wantOwners(layer []byte) {
+	k.Helper()
+	want := map[string][3]int{"d/": {4_000_000_000, 70_000, 0o2750}, "d/f": {3_000_000_000, 5, 0o4755}, "g": {1000, 1000, 0o600}}
+	for tr := tar.NewReader(bytes.NewReader(layer)); ; {
+		h, err := tr.Next()
+		if err == io.EOF {
+			break
+		}
+		k.check(err)
+		w, ok := want[h.Name]
+		if got := [3]int{h.Uid, h.Gid, int(h.Mode)}; ok && got != w {
+			k.Errorf("%s came out with owner and mode %d, want %d", h.Name, got, w)
+		}
+		delete(want, h.Name)
+	}
+	if len(want) > 0 {
+		k.Errorf("the layer lacks %v", want)
+	}
+}
+
+func whiteoutName(k *kit) {
+	base := k.layer(drivers.Ref{}, func(dir string) { (&work{TB: k, dir: dir}).file("d/f", "x") })
+	r := k.layer(base, func(dir string) { (&work{TB: k, dir: dir}).file("d/.wh.f", "no deletion") })
+	differ, ok := k.driver.(drivers.Differ)
+	if !ok {
+		k.Skip("the driver has no diff")
+	}
+	_, err := collect(k.ctx, differ.Diff(k.ctx, base, r))
+	k.wants("diff", err, errdefs.ErrInvalidArgument)
+	if !strings.Contains(err.Error(), "d/.wh.f") {
+		k.Errorf("the error names not the file: %v", err)
+	}
 }
 
 // both are the two states of a pair, on the driver and as plain directories.

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -273,8 +274,26 @@ func TestReadOnlyRoot(t *testing.T) {
 	if !errdefs.IsFailedPrecondition(err) || !errors.Is(err, syscall.EROFS) {
 		t.Errorf("create: %v, want EROFS", err)
 	}
-	if _, err := d.Mounts(t.Context(), drivers.Ref{ID: 1}, drivers.MountOptions{}); err != nil {
+	again, err := open(t.Context(), drivers.Config{Root: d.root})
+	check(t, err)
+	if _, err := again.Mounts(t.Context(), drivers.Ref{ID: 1}, drivers.MountOptions{}); err != nil {
 		t.Errorf("mounts of a committed layer: %v", err)
 	}
 	check(t, sys.Mount("", dir, "", sys.MS_REMOUNT, ""))
+}
+
+// A process that is killed while it probes leaves its scratch directory.
+func TestOldScratchIsSwept(t *testing.T) {
+	d := opened(t, t.TempDir())
+	old, young := d.root+"/"+scratchPrefix+"1", d.root+"/"+scratchPrefix+"2"
+	check(t, errors.Join(os.MkdirAll(old+"/x", 0o700), os.Mkdir(young, 0o700)))
+	check(t, os.Chtimes(old, time.Time{}, time.Now().Add(-2*time.Hour)))
+	_, err := open(t.Context(), drivers.Config{Root: d.root})
+	check(t, err)
+	if _, err := os.Lstat(old); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the old one: %v", err)
+	}
+	if _, err := os.Lstat(young); err != nil {
+		t.Errorf("the young one, which may be in use: %v", err)
+	}
 }

@@ -77,7 +77,8 @@ func open(ctx context.Context, c drivers.Config) (*driver, error) {
 // makeRoot makes what is missing of the root's directories, lasting from the
 // start, and returns the root without symlinks.
 func makeRoot(path string) (string, error) {
-	if err := makeDir(path); err != nil {
+	made, err := makeDir(path)
+	if err != nil {
 		return "", err
 	}
 	abs, err := filepath.Abs(path)
@@ -89,9 +90,14 @@ func makeRoot(path string) (string, error) {
 		return "", err
 	}
 	for _, name := range []string{layersDir, newDir, deletedDir} {
-		if err := makeDir(filepath.Join(root, name)); err != nil {
+		also, err := makeDir(filepath.Join(root, name))
+		if err != nil {
 			return "", err
 		}
+		made = made || also
+	}
+	if !made { // a read-only file system is good enough
+		return root, nil
 	}
 	f, err := sys.OpenDir(root)
 	if err != nil {
@@ -102,15 +108,19 @@ func makeRoot(path string) (string, error) {
 }
 
 // makeDir makes a directory of mode 0700 that hands no ACL of a directory
-// above down to the trees below.
-func makeDir(path string) error {
-	err := os.Mkdir(path, 0o700)
+// above down to the trees below, and reports whether it was missing.
+func makeDir(path string) (made bool, err error) {
+	err = os.Mkdir(path, 0o700)
 	if errors.Is(err, os.ErrExist) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
+	return true, inheritNothing(path)
+}
+
+func inheritNothing(path string) error {
 	f, err := sys.OpenDir(path)
 	if err != nil {
 		return err

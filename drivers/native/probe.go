@@ -2,9 +2,13 @@ package native
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
+	"syscall"
+	"time"
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/kprobe"
@@ -31,24 +35,43 @@ var losses = []struct{ feature, lost string }{
 	{filecaps, "file capabilities"},
 }
 
+const scratchPrefix = ".probe-"
+
+// capabilities tries what the driver can do at root. Where nothing can be
+// written nothing is tried, and nothing can be lost.
 func capabilities(ctx context.Context, root string) (drivers.Capabilities, error) {
-	scratch, err := os.MkdirTemp(root, ".probe-")
-	if err != nil {
-		return drivers.Capabilities{}, err
-	}
-	defer os.RemoveAll(scratch)
-	fs := features(ctx, scratch)
 	c := drivers.Capabilities{
 		Driver: Name, Diff: true, Apply: true, Copies: true,
 		UsageBytes: true, UsageInodes: true, SharedWriter: true,
-		Reflink: has(fs, reflink), IDMap: has(fs, idMap),
 	}
+	sweepScratch(root)
+	scratch, err := os.MkdirTemp(root, scratchPrefix)
+	if errors.Is(err, syscall.EROFS) {
+		return c, nil
+	}
+	if err != nil {
+		return c, err
+	}
+	defer os.RemoveAll(scratch)
+	fs := features(ctx, scratch)
+	c.Reflink, c.IDMap = has(fs, reflink), has(fs, idMap)
 	for _, l := range losses {
 		if !has(fs, l.feature) {
 			c.Lost = append(c.Lost, l.lost)
 		}
 	}
 	return c, nil
+}
+
+// sweepScratch removes the scratch directories of processes that died in a
+// probe, which takes milliseconds: after an hour nobody is at work there.
+func sweepScratch(root string) {
+	old, _ := filepath.Glob(root + "/" + scratchPrefix + "*")
+	for _, dir := range old {
+		if st, err := os.Lstat(dir); err == nil && time.Since(st.ModTime()) > time.Hour {
+			_ = os.RemoveAll(dir)
+		}
+	}
 }
 
 func has(fs []kprobe.Result, feature string) bool {
