@@ -308,6 +308,9 @@ func (d *database) openBolt() (*bolt.DB, error) {
 	if err != nil {
 		return nil, dbError("open", err)
 	}
+	if err := wholeFile(db, file); err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
 	if fresh && !d.noSync { // its name must last, too
 		if err := syncDir(d.dir); err != nil {
 			return nil, errors.Join(dbError("open", err), db.Close())
@@ -331,6 +334,23 @@ func (d *database) isNew() (bool, error) {
 		return false, fmt.Errorf("database %s is missing or empty, and drivers/ is not: restore it from a copy, or move drivers/ away for a new store: %w", d.path("db.bolt"), errdefs.ErrDataLoss)
 	}
 	return true, nil
+}
+
+// wholeFile refuses a file that is shorter than its own pages say: reading the
+// missing ones would end the process, in goroutines that guard does not reach.
+func wholeFile(db *bolt.DB, file *os.File) error {
+	return guard("open", func() error {
+		i, err := file.Stat()
+		if err != nil {
+			return dbError("open", err)
+		}
+		return db.View(func(tx *bolt.Tx) error {
+			if i.Size() < tx.Size() {
+				return fmt.Errorf("database: open: damaged: %d bytes are left of %d: %w", i.Size(), tx.Size(), errdefs.ErrDataLoss)
+			}
+			return nil
+		})
+	})
 }
 
 // syncDir flushes the names in a directory.
@@ -394,10 +414,13 @@ func (d *database) view(ctx context.Context, fn func(*txn) error) error {
 	})
 }
 
-// guard turns the panic with which bbolt meets a damaged file into an error. A
-// panic of another origin goes on.
+// guard turns the panic with which bbolt meets a damaged file into an error, and
+// the fault with which it reads beyond the end of one cut short. A panic of
+// another origin goes on.
 func guard(op string, f func() error) (err error) {
+	old := debug.SetPanicOnFault(true)
 	defer func() {
+		debug.SetPanicOnFault(old)
 		p := recover()
 		if p == nil {
 			return
