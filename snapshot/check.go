@@ -144,7 +144,10 @@ func (c *checker) records(ctx context.Context) error {
 	if err != nil || len(wrong) == 0 {
 		return err
 	}
-	if c.o.Repair {
+	// What a damaged record says is only in the indexes: they stay as they are.
+	damaged := slices.ContainsFunc(c.found, func(f Finding) bool { return f.Problem == RecordDamaged })
+	repair := c.o.Repair && !damaged
+	if repair {
 		err = c.s.db.update(ctx, func(t *txn) error {
 			if wrong, err = c.compare(t); err != nil {
 				return err
@@ -162,7 +165,10 @@ func (c *checker) records(ctx context.Context) error {
 	}
 	for _, f := range wrong {
 		f.finding.Suggestion = "check with repair makes it anew"
-		if c.o.Repair {
+		if damaged {
+			f.finding.Suggestion = "see the damaged records first"
+		}
+		if repair {
 			f.finding = f.finding.done("made anew")
 		}
 		c.add(f.finding)
@@ -200,6 +206,9 @@ func (c *checker) compare(t *txn) ([]fix, error) {
 		}
 		return nil
 	})
+	if err := c.compareLayers(t); err != nil {
+		return nil, err
+	}
 	var wrong []fix
 	for bucket, entries := range want {
 		wrong = append(wrong, differences(t, []byte(bucket), entries)...)
@@ -207,13 +216,30 @@ func (c *checker) compare(t *txn) ([]fix, error) {
 	return wrong, nil
 }
 
+// compareLayers finds layer records that cannot be read.
+func (c *checker) compareLayers(t *txn) error {
+	return t.each(bucketLayers, func(k, v []byte) error {
+		if _, err := decodeID(v, bucketLayers, k, &layerRecord{}); err != nil {
+			c.add(Finding{Problem: RecordDamaged, Object: "layer " + keyID(k).String(), Detail: err.Error(), Suggestion: "restore db.bolt from a copy"})
+		}
+		return nil
+	})
+}
+
 func (c *checker) compareView(t *txn, view string, want map[string]map[string][]byte) error {
-	return t.eachName(view, func(key string, n *name) error {
+	return t.view(view).ForEach(func(k, v []byte) error {
+		key := string(k)
 		object := view + "/" + key
+		n, err := decodeName(view, key, v)
+		if err != nil {
+			c.add(Finding{Problem: RecordDamaged, Object: object, Detail: err.Error(), Suggestion: "restore db.bolt from a copy"})
+		}
+		if n == nil {
+			return nil
+		}
 		l, err := t.layer(n.ID)
 		switch {
-		case err != nil:
-			return err
+		case err != nil: // found by compareLayers
 		case l == nil:
 			c.add(Finding{Problem: RecordDamaged, Object: object, Detail: fmt.Sprintf("layer %s has no record", n.ID), Suggestion: "restore db.bolt from a copy"})
 			return nil
@@ -226,7 +252,7 @@ func (c *checker) compareView(t *txn, view string, want map[string]map[string][]
 		}
 		p, err := t.name(view, n.Parent)
 		if err != nil {
-			return err
+			return nil // found when its turn comes
 		}
 		if p == nil {
 			c.add(Finding{Problem: RecordDamaged, Object: object, Detail: fmt.Sprintf("parent %q does not exist", n.Parent), Suggestion: "restore db.bolt from a copy, or remove the snapshot"})
@@ -297,7 +323,8 @@ func (c *checker) driver(ctx context.Context, name string) error {
 	// or a lease that is held.
 	orphans, err := c.s.orphans(ctx, d, func(drivers.ID) bool { return true })
 	if err != nil {
-		return err
+		c.add(Finding{Problem: DriverBroken, Object: name, Detail: err.Error(), Suggestion: "see the error; its layers were not checked"})
+		return ctx.Err()
 	}
 	for _, id := range orphans {
 		if err := c.orphan(ctx, name, d, id); err != nil {
@@ -333,7 +360,7 @@ func (s *Store) inLease(ctx context.Context, id drivers.ID) (alive bool, err err
 		first = 0
 		return t.each(bucketLeases, func(k, v []byte) error {
 			var l lease
-			_, err := decode(v, bucketLeases, &l)
+			_, err := decodeID(v, bucketLeases, k, &l)
 			if lo := keyID(k); lo <= id && id < l.End {
 				first = lo
 			}
@@ -376,13 +403,9 @@ func (s *Store) recorded(ctx context.Context, driver string) (map[drivers.ID]str
 	all := map[drivers.ID]string{}
 	err := s.db.view(ctx, func(t *txn) error {
 		clear(all)
-		return t.each(bucketLayers, func(k, v []byte) error {
-			var l layerRecord
-			if _, err := decode(v, bucketLayers, &l); err != nil {
-				return err
-			}
-			if l.Driver == driver && t.get(bucketDebts, k) == nil {
-				all[keyID(k)] = t.objectOf(keyID(k), &l)
+		return t.eachLayer(func(id drivers.ID, l *layerRecord) error {
+			if l.Driver == driver && !t.isDebt(id) {
+				all[id] = t.objectOf(id, l)
 			}
 			return nil
 		})
@@ -460,7 +483,12 @@ func (c *checker) layers(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := c.layer(ctx, id, i, len(ids)); err != nil {
+		err := c.layer(ctx, id, i, len(ids))
+		if errdefs.IsDataLoss(err) && ctx.Err() == nil {
+			c.add(Finding{Problem: RecordDamaged, Object: "layer " + id.String(), Detail: err.Error(), Suggestion: "see the other damaged records"})
+			err = nil
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -470,13 +498,11 @@ func (c *checker) layers(ctx context.Context) error {
 func (s *Store) committed(ctx context.Context) (ids []drivers.ID, err error) {
 	err = s.db.view(ctx, func(t *txn) error {
 		ids = nil
-		return t.each(bucketLayers, func(k, v []byte) error {
-			var l layerRecord
-			_, err := decode(v, bucketLayers, &l)
-			if l.Committed && t.get(bucketDebts, k) == nil {
-				ids = append(ids, keyID(k))
+		return t.eachLayer(func(id drivers.ID, l *layerRecord) error {
+			if l.Committed && !t.isDebt(id) {
+				ids = append(ids, id)
 			}
-			return err
+			return nil
 		})
 	})
 	return ids, err

@@ -230,11 +230,7 @@ func (s *Store) Drivers(ctx context.Context) ([]DriverInfo, error) {
 func (s *Store) layerCounts(ctx context.Context) (map[string]int64, error) {
 	counts := map[string]int64{}
 	err := s.db.view(ctx, func(t *txn) error {
-		return t.each(bucketLayers, func(_, v []byte) error {
-			var l layerRecord
-			if _, err := decode(v, bucketLayers, &l); err != nil {
-				return err
-			}
+		return t.eachLayer(func(_ drivers.ID, l *layerRecord) error {
 			counts[l.Driver]++
 			return nil
 		})

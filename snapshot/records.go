@@ -1,6 +1,7 @@
 package snapshot
 
 import (
+	"bytes"
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
@@ -148,17 +149,18 @@ func (t *txn) delete(bucket, key []byte) error {
 	return dbError("write", b.Delete(key))
 }
 
-// getJSON decodes a record into v and reports whether it is there.
-func (t *txn) getJSON(bucket, key []byte, v any) (bool, error) {
-	return decode(t.get(bucket, key), bucket, v)
+// decodeID decodes the record of a layer, intent or lease, which err names.
+func decodeID(b, bucket, key []byte, v any) (bool, error) {
+	return decode(b, fmt.Sprintf("%s %s", bytes.TrimSuffix(bucket, []byte("s")), keyID(key)), v)
 }
 
-func decode(b, what []byte, v any) (bool, error) {
+// decode decodes a record of what into v and reports whether it is there.
+func decode(b []byte, what string, v any) (bool, error) {
 	if b == nil {
 		return false, nil
 	}
 	if err := json.Unmarshal(b, v); err != nil {
-		return false, fmt.Errorf("record in %s: %w: %w", what, errdefs.ErrDataLoss, err)
+		return false, fmt.Errorf("record of %s: %w: %w", what, errdefs.ErrDataLoss, err)
 	}
 	return true, nil
 }
@@ -211,12 +213,12 @@ func (t *txn) name(view, key string) (*name, error) {
 	if b == nil {
 		return nil, nil
 	}
-	return decodeName(b.Get([]byte(key)))
+	return decodeName(view, key, b.Get([]byte(key)))
 }
 
-func decodeName(b []byte) (*name, error) {
+func decodeName(view, key string, b []byte) (*name, error) {
 	n := &name{}
-	ok, err := decode(b, bucketViews, n)
+	ok, err := decode(b, fmt.Sprintf("%s/%q", view, key), n)
 	if !ok {
 		return nil, err
 	}
@@ -257,12 +259,26 @@ func (t *txn) deleteName(view, key string, id drivers.ID) error {
 // layer reads the record of a layer; nil if there is none.
 func (t *txn) layer(id drivers.ID) (*layerRecord, error) {
 	l := &layerRecord{}
-	ok, err := t.getJSON(bucketLayers, idKey(id), l)
+	ok, err := decodeID(t.get(bucketLayers, idKey(id)), bucketLayers, idKey(id), l)
 	if !ok {
 		return nil, err
 	}
 	return l, nil
 }
+
+// eachLayer calls fn for every layer, debts among them. It leaves out damaged
+// records, which Check finds.
+func (t *txn) eachLayer(fn func(id drivers.ID, l *layerRecord) error) error {
+	return t.each(bucketLayers, func(k, v []byte) error {
+		var l layerRecord
+		if ok, err := decodeID(v, bucketLayers, k, &l); err != nil || !ok {
+			return nil
+		}
+		return fn(keyID(k), &l)
+	})
+}
+
+func (t *txn) isDebt(id drivers.ID) bool { return t.get(bucketDebts, idKey(id)) != nil }
 
 func (t *txn) putLayer(id drivers.ID, l *layerRecord) error {
 	return t.putJSON(bucketLayers, idKey(id), l)

@@ -89,7 +89,7 @@ func (s *Store) remains(ctx context.Context) (*remains, error) {
 func each[T any](t *txn, bucket []byte, into map[drivers.ID]T) error {
 	return t.each(bucket, func(k, v []byte) error {
 		var r T
-		_, err := decode(v, bucket, &r)
+		_, err := decodeID(v, bucket, k, &r)
 		into[keyID(k)] = r
 		return err
 	})

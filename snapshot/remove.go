@@ -200,8 +200,11 @@ func (g *collector) payable(ctx context.Context) (debts []payable, err error) {
 				return nil
 			}
 			l, err := t.layer(id)
+			if err != nil {
+				g.left[id] = Busy{ID: id, Why: err.Error()}
+			}
 			if err != nil || l == nil {
-				return err
+				return nil
 			}
 			ref, err := t.ref(id)
 			debts = append(debts, payable{ref, l})
@@ -257,7 +260,7 @@ func (g *collector) leave(p payable, why string) {
 
 func (s *Store) isDebt(ctx context.Context, id drivers.ID) (ok bool, err error) {
 	err = s.db.view(ctx, func(t *txn) error {
-		ok = t.get(bucketDebts, idKey(id)) != nil
+		ok = t.isDebt(id)
 		return nil
 	})
 	return ok, err

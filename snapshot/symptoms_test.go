@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	bolt "go.etcd.io/bbolt"
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/native"
@@ -219,4 +221,73 @@ func dieAtJob(ctx context.Context, j job) error {
 	}
 	_, err = v.Prepare(ctx, "new", "base")
 	return errors.Join(err, v.Commit(ctx, "taken", "act"))
+}
+
+// editDB changes records as rot would. The store must be closed.
+func editDB(t *testing.T, root string, change func(tx *bolt.Tx) error) {
+	t.Helper()
+	db, err := bolt.Open(filepath.Join(root, "db.bolt"), 0o600, nil)
+	must(t, err)
+	must(t, db.Update(change))
+	must(t, db.Close())
+}
+
+// TestOneDamagedRecordIsNamedAndHarmsNoOther: check goes on, names it, and with
+// repair leaves the indexes alone, which are all that is left of it.
+func TestOneDamagedRecordIsNamedAndHarmsNoOther(t *testing.T) {
+	for name, damage := range map[string]func(tx *bolt.Tx) error{
+		"v/mid": func(tx *bolt.Tx) error {
+			return tx.Bucket([]byte("views")).Bucket([]byte("v")).Put([]byte("mid"), []byte("{rot"))
+		},
+		"layer 2": func(tx *bolt.Tx) error {
+			return tx.Bucket([]byte("layers")).Put([]byte("\x00\x00\x00\x00\x00\x00\x00\x02"), []byte("{rot"))
+		},
+		"v/top": func(tx *bolt.Tx) error { return tx.Bucket([]byte("views")).Bucket([]byte("v")).Delete([]byte("mid")) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := testenv.Scratch(t)
+			s := open(t, root)
+			v := view(t, s, "v", "native")
+			layerOf(t, v, "base", "", map[string]string{"a": "1"})
+			layerOf(t, v, "mid", "base", map[string]string{"b": "1"})
+			layerOf(t, v, "top", "mid", map[string]string{"c": "1"})
+			before, err := v.Record(t.Context(), "top")
+			must(t, err)
+			must(t, s.Close())
+			editDB(t, root, damage)
+			s = open(t, root)
+			found := check(t, s, snapshot.CheckOptions{Repair: true})
+			if !slices.ContainsFunc(found, func(f snapshot.Finding) bool { return f.Problem == snapshot.RecordDamaged && f.Object == name }) {
+				t.Errorf("%s is not found: %v", name, found)
+			}
+			after, err := view(t, s, "v", "native").Record(t.Context(), "top")
+			must(t, err)
+			equal(t, "parents of top", after.Parents, before.Parents)
+		})
+	}
+}
+
+// TestTruncatedDatabaseIsAnError: reading what is missing would end the process.
+func TestTruncatedDatabaseIsAnError(t *testing.T) {
+	root := seedStore(t, "native")
+	file := filepath.Join(root, "db.bolt")
+	i, err := os.Stat(file)
+	must(t, err)
+	for _, n := range []int64{i.Size() / 2, 5 << 12, 4 << 12, 2 << 12, 100} {
+		must(t, os.Truncate(file, n))
+		if err := openErr(root); err != nil {
+			wants(t, err, errdefs.ErrDataLoss)
+		}
+	}
+}
+
+// TestDriverDirectoryDeletedUnderTheStore: check says so and goes on.
+func TestDriverDirectoryDeletedUnderTheStore(t *testing.T) {
+	root := seedStore(t, "native")
+	s := open(t, root)
+	must(t, second(s.Driver(t.Context(), "native")))
+	must(t, os.RemoveAll(filepath.Join(root, "drivers")))
+	if found := check(t, s, snapshot.CheckOptions{Repair: true}); len(found) == 0 || found[0].Problem != snapshot.DriverBroken {
+		t.Errorf("found %v", found)
+	}
 }

@@ -290,7 +290,7 @@ func (t *txn) eachName(view string, fn func(key string, n *name) error) error {
 		return nil
 	}
 	return b.ForEach(func(k, v []byte) error {
-		n, err := decodeName(v)
+		n, err := decodeName(view, string(k), v)
 		if err != nil || n == nil {
 			return err
 		}
