@@ -335,3 +335,51 @@ func TestLoadReadOnlyStore(t *testing.T) {
 		t.Errorf("load: %v", err)
 	}
 }
+
+// TestFullDisk: loading into a full store and unpacking onto a full disk are
+// errors with their errno, and leave nothing half-made.
+func TestFullDisk(t *testing.T) {
+	testenv.Root(t)
+	l := testimage.NewLayout()
+	l.List("std", l.AddImage(t, testimage.Platform, testimage.Layers(t), "none").Target)
+	small := testenv.FS(t, "tmpfs", testenv.Size(1<<20))
+	s, err := image.Open(small + "/images")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := s.Load(t.Context(), l.Dir(t), image.LoadOptions{}); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("by path: %v", err)
+	}
+	nothingLoaded(t, s)
+	if _, err := s.LoadFrom(t.Context(), bytes.NewReader(l.Tar(t)), image.LoadOptions{}); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("as a stream: %v", err)
+	}
+	nothingLoaded(t, s)
+}
+
+// TestUnpackOntoFullDisk: no room is an error with its errno; with room again,
+// the next unpack clears what could not be cleared then, and finishes.
+func TestUnpackOntoFullDisk(t *testing.T) {
+	testenv.Root(t)
+	s := newStore(t)
+	img, _ := loadStd(t, s)
+	root := testenv.FS(t, "tmpfs", testenv.Size(8<<20))
+	v := openView(t, root+"/store", "overlay")
+	ballast := root + "/ballast"
+	if err := os.WriteFile(ballast, make([]byte, 7<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Unpack(t.Context(), v, img, image.UnpackOptions{}); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("unpack: %v", err)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	if u := unpack(t, s, v, img); u.Layers != 3 {
+		t.Errorf("%+v", u)
+	}
+	if k := keys(t, v); len(k) != 3 {
+		t.Errorf("snapshots %v", k)
+	}
+}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
@@ -98,6 +97,3 @@ func (r *reachable) seenMore(n int) bool {
 	r.walker.seen += n
 	return over(r.walker.seen, r.lim.Manifests)
 }
-
-// isLayer reports whether a blob is one that DropLayers may drop.
-func isLayer(mediaType string) bool { return images.IsLayerType(mediaType) }
