@@ -58,6 +58,9 @@ type SaveOptions struct {
 	Created time.Time
 	// CreatedBy and Author stand in the history of layers that no base has.
 	CreatedBy, Author string
+	// Snapshots is where Save finds the layers of an image whose blobs were
+	// dropped, unpacked; nil makes that an error.
+	Snapshots Snapshots
 	// Skipped, if not nil, is told what a layer could not express (a socket).
 	Skipped func(path, reason string)
 	// Progress, if not nil, is told of the work.
@@ -67,8 +70,13 @@ type SaveOptions struct {
 // Save writes an image as it is: every blob that the store has, with its digest.
 // A docker-archive holds the layers uncompressed and a manifest of its own. What
 // is at the destination is whole or not there: temporary name, flush, rename.
+// Layers that were dropped are made anew from o.Snapshots, with other digests.
 func (s *Store) Save(ctx context.Context, img Image, to Destination, o SaveOptions) (ocispec.Descriptor, error) {
-	desc, err := s.save(ctx, to, func(context.Context, *sink) (Image, error) { return img, nil }, o)
+	compose := func(context.Context, *sink) (Image, error) { return img, nil }
+	if img.LayersDropped {
+		compose = func(ctx context.Context, k *sink) (Image, error) { return s.restore(ctx, img, k, o) }
+	}
+	desc, err := s.save(ctx, to, compose, o)
 	if err != nil {
 		return desc, fmt.Errorf("image: save %s to %s: %w", img, to, err)
 	}
@@ -89,6 +97,21 @@ func (s *Store) SaveSnapshot(ctx context.Context, view Snapshots, key string, to
 		return desc, fmt.Errorf("image: save snapshot %s to %s: %w", key, to, err)
 	}
 	return desc, nil
+}
+
+// restore makes an image whose layer blobs were dropped of its snapshots.
+func (s *Store) restore(ctx context.Context, img Image, k *sink, o SaveOptions) (Image, error) {
+	m, err := s.manifest(ctx, img, o.Platform)
+	if err != nil {
+		return img, err
+	}
+	if o.Snapshots == nil {
+		return img, fmt.Errorf("its layer blobs were dropped; they are in snapshot %s: %w", m.ChainID(), errdefs.ErrNotFound)
+	}
+	o.Base = img.Target.Digest.String()
+	made, err := (&composer{s: s, view: o.Snapshots, o: o, sink: k}).compose(ctx, m.ChainID().String())
+	made.Name = img.Name
+	return made, err
 }
 
 func (s *Store) save(ctx context.Context, to Destination, compose func(context.Context, *sink) (Image, error), o SaveOptions) (ocispec.Descriptor, error) {

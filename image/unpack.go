@@ -28,9 +28,9 @@ const (
 	LabelMediaType = "io.github.layerctl.layer.media-type" // of the blob
 )
 
-// labelUnpack marks the active snapshot that a layer is being unpacked to; its
+// LabelUnpack marks the active snapshot that a layer is being unpacked to; its
 // value is the ChainID. One that is found when nobody unpacks is a leftover.
-const labelUnpack = "io.github.layerctl.unpack"
+const LabelUnpack = "io.github.layerctl.unpack"
 
 // Snapshots is what Unpack and Save need of a view of a snapshot store;
 // *snapshot.View is one.
@@ -130,7 +130,7 @@ func (s *Store) lockUnpack(ctx context.Context, view Snapshots) (*sys.Lock, erro
 func sweep(ctx context.Context, view Snapshots) (int, error) {
 	var keys []string
 	err := view.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
-		if i.Kind == snapshots.KindActive && i.Labels[labelUnpack] != "" {
+		if i.Kind == snapshots.KindActive && i.Labels[LabelUnpack] != "" {
 			keys = append(keys, i.Name)
 		}
 		return nil
@@ -172,7 +172,7 @@ func (s *Store) unpackLayer(ctx context.Context, view Snapshots, layers []Layer,
 	}
 	// Create, not Prepare: nobody gets mounts, so the listing that Apply takes
 	// counts.
-	if err := view.Create(ctx, key, parent, snapshot.CreateOptions{Labels: map[string]string{labelUnpack: name}}); err != nil {
+	if err := view.Create(ctx, key, parent, snapshot.CreateOptions{Labels: map[string]string{LabelUnpack: name}}); err != nil {
 		return err
 	}
 	err := s.apply(ctx, view, key, layers, i, o)

@@ -277,14 +277,19 @@ func TestDropLayers(t *testing.T) {
 	}
 	img, _ = s.Resolve(t.Context(), "std")
 	dest := filepath.Join(t.TempDir(), "out")
-	if _, err := s.Save(t.Context(), img, image.Destination{Path: dest}, image.SaveOptions{}); !errdefs.IsNotFound(err) {
+	if _, err := s.Save(t.Context(), img, image.Destination{Path: dest}, image.SaveOptions{}); !errdefs.IsNotFound(err) || !strings.Contains(err.Error(), u.ChainID.String()) {
 		t.Errorf("save without layers: %v", err)
 	}
 	if _, err := os.Stat(dest); err == nil {
 		t.Error("a destination of nothing")
 	}
-	if _, err := s.SaveSnapshot(t.Context(), v, u.ChainID.String(), image.Destination{Path: dest}, image.SaveOptions{Name: "again"}); err != nil {
+	desc, err := s.Save(t.Context(), img, image.Destination{Path: dest}, image.SaveOptions{Name: "again", Snapshots: v})
+	if err != nil {
 		t.Fatal(err)
+	}
+	same, err := s.SaveSnapshot(t.Context(), v, u.ChainID.String(), image.Destination{Path: t.TempDir()}, image.SaveOptions{Name: "again"})
+	if err != nil || same.Digest != desc.Digest {
+		t.Errorf("saved as a snapshot: %v %v, as an image %v", same, err, desc)
 	}
 	s2, v2 := newStore(t), newView(t, "native")
 	r, err := s2.Load(t.Context(), dest, image.LoadOptions{})
