@@ -67,12 +67,40 @@ func newLocks(path string, readOnly bool, log func(string)) (*locks, error) {
 	return l, err
 }
 
-// Close drops every lock at once. Idempotent.
+// Close gives no more locks and drops the leases. The locks of calls that are
+// still at work stay until each is done, so that nobody else touches what they
+// write. Idempotent.
 func (l *locks) Close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.closed = true
+	for p := range l.held {
+		if p >= leasePlaces && p < listingPlaces {
+			l.drop(p)
+		}
+	}
+	return l.closeIdle()
+}
+
+// closeIdle closes the file of a closed table that nobody holds a place of; mu
+// is held.
+func (l *locks) closeIdle() error {
+	if !l.closed || len(l.held) > 0 {
+		return nil
+	}
 	return l.fd.Close()
+}
+
+// drop gives a place back to the kernel; mu is held.
+func (l *locks) drop(p place) {
+	close(l.held[p].changed)
+	delete(l.held, p)
+	if l.fd == nil {
+		return
+	}
+	if err := l.fd.UnlockRange(int64(p), 1); err != nil {
+		l.log(err.Error())
+	}
 }
 
 // shared and exclusive wait for a place; the caller must call release once.
@@ -174,6 +202,8 @@ func (l *locks) attempt(p place, kind sys.LockKind) (wait chan struct{}, err err
 	defer l.mu.Unlock()
 	h := l.held[p]
 	switch {
+	case l.closed:
+		return nil, errClosed
 	case h == nil:
 		if err := l.kernel(p, kind); err != nil {
 			return nil, err
@@ -200,16 +230,16 @@ func (l *locks) release(p place, kind sys.LockKind) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	h := l.held[p]
-	if kind == sys.LockExclusive {
-		h.writer = false
-	} else if h.readers--; h.readers > 0 {
-		return
+	if h == nil {
+		return // a lease that went with Close
 	}
-	delete(l.held, p)
-	if l.fd != nil && !l.closed { // else it went with the file
-		if err := l.fd.UnlockRange(int64(p), 1); err != nil {
-			l.log(err.Error())
+	if kind != sys.LockExclusive {
+		if h.readers--; h.readers > 0 {
+			return
 		}
 	}
-	close(h.changed)
+	l.drop(p)
+	if err := l.closeIdle(); err != nil {
+		l.log(err.Error())
+	}
 }

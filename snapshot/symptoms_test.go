@@ -291,3 +291,32 @@ func TestDriverDirectoryDeletedUnderTheStore(t *testing.T) {
 		t.Errorf("found %v", found)
 	}
 }
+
+// TestCloseKeepsOthersFromWhatIsStillWritten: a call that outlives its Store keeps its
+// locks until it is done.
+func TestCloseKeepsOthersFromWhatIsStillWritten(t *testing.T) {
+	root := seedStore(t, "native")
+	a, err := snapshot.Open(t.Context(), root, snapshot.Options{Registry: registry()})
+	must(t, err)
+	va := view(t, a, "v", "native")
+	must(t, va.Create(t.Context(), "act", "base", snapshot.CreateOptions{}))
+	begun, goOn, done := make(chan struct{}), make(chan struct{}), make(chan error)
+	ctx := withHook(t.Context(), func(step string) error {
+		if step == "store: apply: begun" {
+			close(begun)
+			<-goOn
+		}
+		return nil
+	})
+	go func() { done <- va.Apply(ctx, "act", tarOf(t, "g"), applyOptions) }()
+	<-begun
+	must(t, a.Close())
+	vb := view(t, open(t, root), "v", "native")
+	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	wants(t, vb.Commit(short, "c", "act"), context.DeadlineExceeded)
+	close(goOn)
+	wants(t, <-done, errdefs.ErrUnavailable)
+	must(t, vb.Commit(t.Context(), "c", "act"))
+	wants(t, second(va.Mounts(t.Context(), "c")), errdefs.ErrUnavailable)
+}
