@@ -88,12 +88,12 @@ type archive struct {
 var errWriter = errors.New("the writer failed")
 
 // run unpacks the archive: this goroutine parses and hashes, another writes, and
-// a third reads ahead.
+// a third reads ahead where reading is work.
 func (u *unpacker) run(ctx context.Context, r io.Reader) error {
 	_, verified := r.(*BlobReader)
-	ahead := newReadAhead(r)
-	defer ahead.close()
-	a := u.newArchive(ctx, ahead)
+	in, stop := readSource(r)
+	defer stop()
+	a := u.newArchive(ctx, in)
 	written := make(chan error, 1)
 	go func() { written <- u.write(ctx, a) }()
 	err := a.read(u.o.Unterminated || verified)

@@ -1,11 +1,24 @@
 package layer
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"io"
+	"os"
 )
+
+// readSource reads r in large pieces: ahead, on another goroutine, but for a
+// file, of which large contents are then read to where they are hashed and
+// written from.
+func readSource(r io.Reader) (in io.Reader, stop func()) {
+	if f, ok := r.(*os.File); ok {
+		return bufio.NewReaderSize(f, aheadBlock), func() {}
+	}
+	a := newReadAhead(r)
+	return a, a.close
+}
 
 // readAhead reads a stream on a goroutine of its own, some blocks ahead of who
 // consumes it, so that decompressing or checking it runs beside parsing.
