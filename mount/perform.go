@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -124,9 +125,31 @@ func byPath(at *sys.Fd, perform func(target string) error) (*sys.Fd, error) {
 		return nil, err
 	}
 	if err := perform(target); err != nil {
+		undoByPath(at, target)
 		return nil, err
 	}
-	return sys.Open(target, sys.O_PATH, 0)
+	m, err := sys.Open(target, sys.O_PATH, 0)
+	if err != nil {
+		undoByPath(at, target)
+	}
+	return m, err
+}
+
+// undoByPath unmounts what is mounted at target on top of at: of a helper that
+// mounted and then failed, or was killed. mountinfo tells, since the server of a
+// FUSE mount may be dead.
+func undoByPath(at *sys.Fd, target string) {
+	s, err := at.Stat("")
+	if err != nil {
+		return
+	}
+	infos, err := List()
+	if err != nil {
+		return
+	}
+	if slices.ContainsFunc(infos, func(i Info) bool { return i.Target == target && uint64(i.Parent) == s.MountID }) {
+		_ = Unmount(target, UnmountOptions{Lazy: true})
+	}
 }
 
 // Tree is a mounted tree that is attached nowhere: only this process reaches

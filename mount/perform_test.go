@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	cmount "github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
@@ -655,5 +656,49 @@ func TestAFailingMountHelperSaysWhatItSaid(t *testing.T) {
 	err := All(t.Context(), []Mount{{Type: "fuse3.nosuchserver", Source: "x"}}, target)
 	if err == nil || !strings.Contains(err.Error(), "nosuchserver") {
 		t.Errorf("%v lacks the helper's words", err)
+	}
+}
+
+// TestFailedHelperLeavesNoMount: a helper that mounts and then fails, or is
+// killed because the context ended, leaves nothing mounted.
+func TestFailedHelperLeavesNoMount(t *testing.T) {
+	testenv.Root(t)
+	for name, end := range map[string]string{"fails": "exit 1", "is killed": "exec sleep 60"} {
+		t.Run(name, func(t *testing.T) {
+			dir := testenv.Scratch(t)
+			script := "#!/bin/sh\nmount -t tmpfs helper \"$2\"\n: >" + dir + "/mounted\n" + end + "\n"
+			if err := os.WriteFile(dir+"/mount.fuse3", []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+			target := dir + "/t"
+			if err := os.Mkdir(target, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			go func() {
+				for {
+					if _, err := os.Stat(dir + "/mounted"); err == nil {
+						cancel()
+						return
+					}
+					time.Sleep(time.Millisecond)
+				}
+			}()
+			if err := All(ctx, []Mount{{Type: "fuse3.test", Source: "src"}}, target); err == nil {
+				t.Error("no error")
+			}
+			infos, err := List()
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, i := range infos {
+				if i.Target == target {
+					t.Errorf("still mounted: %+v", i)
+					_ = Unmount(target, UnmountOptions{Lazy: true})
+				}
+			}
+		})
 	}
 }
