@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
@@ -33,6 +34,9 @@ func (c *composer) compose(ctx context.Context, key string) (Image, error) {
 	var err error
 	if c.chain, err = chainOf(ctx, c.view, key); err != nil {
 		return Image{}, err
+	}
+	if len(c.chain) == 0 && c.o.Base == "" {
+		return Image{}, fmt.Errorf("a snapshot without a name: %w", errdefs.ErrInvalidArgument)
 	}
 	base, img, err := c.base(ctx)
 	if err != nil {

@@ -385,3 +385,31 @@ func TestLocksHoldOffGC(t *testing.T) {
 		t.Errorf("%+v %v", r, err)
 	}
 }
+
+// TestImageWithoutLayers goes in, through and out.
+func TestImageWithoutLayers(t *testing.T) {
+	l := testimage.NewLayout()
+	std := l.AddImage(t, testimage.Platform, nil)
+	l.List("none", std.Target)
+	s, v := newStore(t), newView(t, "native")
+	r, err := s.Load(t.Context(), l.Dir(t), image.LoadOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if u := unpack(t, s, v, r.Images[0]); u.ChainID != "" || u.Layers != 0 {
+		t.Errorf("%+v", u)
+	}
+	if _, err := s.DropLayers(t.Context(), "none"); err != nil {
+		t.Error(err)
+	}
+	img, _ := s.Resolve(t.Context(), "none")
+	for _, kind := range []image.Kind{image.KindLayout, image.KindLayoutArchive, image.KindDockerArchive} {
+		to := image.Destination{Kind: kind, Path: filepath.Join(t.TempDir(), "out")}
+		if desc, err := s.Save(t.Context(), img, to, image.SaveOptions{Snapshots: v}); err != nil || desc.Digest != std.Target.Digest {
+			t.Errorf("%s: %v %v", kind, desc, err)
+		}
+	}
+	if _, err := s.SaveSnapshot(t.Context(), v, "", image.Destination{Path: t.TempDir()}, image.SaveOptions{}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("no snapshot: %v", err)
+	}
+}

@@ -107,6 +107,9 @@ func (e Entry) header() tar.Header {
 	if h.ModTime.IsZero() {
 		h.ModTime = Epoch
 	}
+	if uid := os.Geteuid(); uid != 0 && h.Uid == 0 && h.Gid == 0 {
+		h.Uid, h.Gid = uid, os.Getegid() // what an ordinary user can unpack
+	}
 	h.Size = int64(len(e.Body))
 	return h
 }
