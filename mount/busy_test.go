@@ -360,3 +360,33 @@ func TestMountingOnTheHostNeedsPrivileges(t *testing.T) {
 		t.Errorf("%v, want permission denied", err)
 	}
 }
+
+// TestOneUpperWithTwoWorkdirsAtTheSameTime: one of the mounts is made, whatever
+// the workdirs are.
+func TestOneUpperWithTwoWorkdirsAtTheSameTime(t *testing.T) {
+	testenv.Root(t)
+	base := testenv.FS(t, "tmpfs")
+	d := dirs(t, base, "lower", "upper", "w1", "w2")
+	for round := range 2 { // the loser waits for an unattached mount to go
+		var wg sync.WaitGroup
+		var made [2]*Tree
+		for i := range made {
+			wg.Go(func() {
+				m := Mount{Type: "overlay", Source: "overlay", Options: []string{"lowerdir=" + d[0], "upperdir=" + d[1], "workdir=" + d[2+i], "index=off"}}
+				tree, err := Detached(t.Context(), []Mount{m})
+				if err == nil {
+					made[i] = tree
+				} else if !errors.Is(err, errdefs.ErrFailedPrecondition) {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if (made[0] == nil) == (made[1] == nil) {
+			t.Errorf("round %d: mounts %v", round, made)
+		}
+		for _, m := range made {
+			m.Close()
+		}
+	}
+}

@@ -29,20 +29,25 @@ func claim(ctx context.Context, l *Layers) (release func(), err error) {
 	if l.Upper == "" {
 		return func() {}, nil
 	}
-	lock, err := lockWork(ctx, l.Work)
+	upper, err := lockDir(ctx, "upper", l.Upper)
 	if err != nil {
 		return nil, err
 	}
-	if err := refuseUsed(ctx, l); err != nil {
-		lock.Close()
+	work, err := lockDir(ctx, "workdir", l.Work)
+	release = func() { work.Close(); upper.Close() }
+	if err == nil {
+		err = refuseUsed(ctx, l)
+	}
+	if err != nil {
+		release()
 		return nil, err
 	}
-	return func() { lock.Close() }, nil
+	return release, nil
 }
 
-// lockWork takes an exclusive flock on the workdir itself.
-func lockWork(ctx context.Context, work string) (*sys.Lock, error) {
-	dir, err := sys.OpenDir(work)
+// lockDir takes an exclusive flock on the upper or the workdir itself.
+func lockDir(ctx context.Context, what, path string) (*sys.Lock, error) {
+	dir, err := sys.OpenDir(path)
 	if err != nil {
 		return nil, err
 	}
@@ -53,7 +58,7 @@ func lockWork(ctx context.Context, work string) (*sys.Lock, error) {
 		return !sys.IsLocked(err), err
 	})
 	if sys.IsLocked(err) {
-		return nil, fmt.Errorf("workdir %s is locked: another process is mounting it: %w: %w", work, errdefs.ErrFailedPrecondition, err)
+		return nil, fmt.Errorf("%s %s is locked: another process is mounting it: %w: %w", what, path, errdefs.ErrFailedPrecondition, err)
 	}
 	return lock, err
 }

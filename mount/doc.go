@@ -26,13 +26,13 @@
 // # One upper, one mount
 //
 // The kernel lets two overlays share an upper when index=off, and they corrupt
-// each other. So a writable overlay is mounted under an exclusive flock on its
-// workdir, and only after the kernel has said that neither upper nor work are
+// each other. So a writable overlay is mounted under exclusive flocks on its
+// upper and workdir, and only after the kernel has said that neither upper nor work are
 // in use anywhere, in whatever mount namespace, attached or not (see probe.go).
 // The error wraps ErrFailedPrecondition and EBUSY and names the mount.
 //
-// Lock order: the flock on a workdir is taken last, after every lock of the
-// caller, held only while mounting, and nothing else is locked under it.
+// Lock order: the flocks on upper and workdir are taken last, after every lock
+// of the caller, held only while mounting, and nothing else is locked under it.
 //
 // # Traps
 //
