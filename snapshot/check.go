@@ -580,7 +580,7 @@ var errOtherDigest = errors.New("another digest")
 // rewriteListing writes a layer's listing anew, unless it comes out with another
 // digest than the recorded one.
 func (s *Store) rewriteListing(ctx context.Context, from, to *node) (d digest.Digest, err error) {
-	release, err := s.locks.exclusive(ctx, listingPlace(to.ref.ID), "another that makes the same listing")
+	release, err := s.locks.exclusive(ctx, listingPlace(to.ref.ID), "the listing of layer "+to.ref.ID.String())
 	if err != nil {
 		return "", err
 	}

@@ -50,8 +50,9 @@
 //	    driver set (driversMu), ID block (idsMu)
 //	      database: batch queue (queueMu), then gate (gateMu)
 //
-// Whoever holds a lock may take those below it. GC, Check and recovery never wait
-// for a layer lock: they try, and leave what is in use. A shared layer lock is given
+// Whoever holds a lock may take those below it. GC and recovery never wait
+// for a layer lock: they try, and leave what is in use. Check waits for shared
+// ones, and for a listing that another makes. A shared layer lock is given
 // even when somebody waits for the exclusive one, so that a caller who ranges
 // over Diff may call Mounts of the same key.
 //
@@ -74,5 +75,7 @@
 //   - Mounts of a View are such as others can perform (drivers.MountOptions
 //     External), and are refused beyond what others can mount; MountsWith, or a
 //     handle from View.With, is for package mount.
+//   - Close does not wait for calls that are at work: they end in ErrUnavailable and
+//     leave what a crash would; each keeps its locks until it has returned.
 //   - View.Close does nothing: a view is a handle, the Store is what is closed.
 package snapshot

@@ -204,7 +204,7 @@ func (s *Store) FinishListings(ctx context.Context) error { return s.listings.wa
 // list computes the listing of a committed layer, unless another has. lock says
 // what to do while another does: it may give up, when its store is closed.
 func (s *Store) list(ctx context.Context, id drivers.ID, lock lockFunc) error {
-	release, err := lock(ctx, listingPlace(id), "another process to make a listing")
+	release, err := lock(ctx, listingPlace(id), "the listing of layer "+id.String())
 	if err != nil {
 		return err
 	}
