@@ -199,6 +199,7 @@ func TestRemovedWhileMounted(t *testing.T) {
 	eachDriver(t, func(t *testing.T, s *snapshot.Store, v *snapshot.View) {
 		ctx := t.Context()
 		layerOf(t, v, "base", "", map[string]string{"a": "1"})
+		must(t, s.FinishListings(ctx)) // a listing in progress uses its layer, too
 		_, err := v.Prepare(ctx, "act", "base")
 		must(t, err)
 		dir := t.TempDir()
