@@ -6,7 +6,7 @@ go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.ImportPath}} {{.Dir}}{{end}}'
 	while read -r pkg dir; do
 		for target in $(cat "$dir"/*_test.go | sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p'); do
 			echo "fuzz: $pkg $target"
-			go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" -parallel 2 "$pkg" >/tmp/fuzz.$$ 2>&1 ||
+			go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" -fuzzminimizetime 5x -parallel 2 "$pkg" >/tmp/fuzz.$$ 2>&1 ||
 				{ cat /tmp/fuzz.$$; rm -f /tmp/fuzz.$$; exit 1; }
 			rm -f /tmp/fuzz.$$
 		done
