@@ -49,6 +49,12 @@ const (
 	envExpect  = "LAYERCTL_EXPECT"
 )
 
+// The main thread belongs to the main goroutine in every test: one that changes
+// its thread's working directory or namespace and leaves the thread to the
+// runtime to end it (containerd's mount.All does) must not meet the thread that
+// cannot be ended.
+func init() { runtime.LockOSThread() }
+
 // Main is the body of TestMain. It does not return.
 func Main(m *testing.M) {
 	if os.Getuid() == 0 && !inPrivateNS() {
