@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"strings"
 	"syscall"
 	"time"
 
@@ -91,24 +92,38 @@ func inUse(l *Layers, how string) error {
 // strays names processes with a file on an overlay that their mount namespace
 // does not show: among them is whoever holds a mount that cannot be found.
 func strays() string {
+	const most = 10 // names in a message
+	var held []string
 	for _, p := range processes() {
-		infos, err := listFile(p.dir + "/mountinfo")
-		if err != nil {
-			continue
-		}
-		shown := map[uint64]bool{}
-		for _, i := range infos {
-			shown[uint64(i.ID)] = true
-		}
-		held := p.uses(func(link string, s sys.Stat) bool {
-			fs, err := sys.StatfsPath(link)
-			return !shown[s.MountID] && err == nil && fs.Type == sys.OVERLAYFS_SUPER_MAGIC
-		})
-		if len(held) > 0 {
-			return "; perhaps held by " + held[0].String()
+		if h, ok := p.stray(); ok && len(held) < most {
+			held = append(held, h.String())
 		}
 	}
-	return ""
+	if len(held) == 0 {
+		return ""
+	}
+	return "; perhaps held by " + strings.Join(held, ", ")
+}
+
+// stray is the first file on an overlay that p uses and its mount namespace
+// does not show.
+func (p process) stray() (Holder, bool) {
+	infos, err := listFile(p.dir + "/mountinfo")
+	if err != nil {
+		return Holder{}, false
+	}
+	shown := map[uint64]bool{}
+	for _, i := range infos {
+		shown[uint64(i.ID)] = true
+	}
+	held := p.uses(func(link string, s sys.Stat) bool {
+		fs, err := sys.StatfsPath(link)
+		return !shown[s.MountID] && err == nil && fs.Type == sys.OVERLAYFS_SUPER_MAGIC
+	})
+	if len(held) == 0 {
+		return Holder{}, false
+	}
+	return held[0], true
 }
 
 // poll calls f until it is done, wait is over or ctx ends; it returns f's last

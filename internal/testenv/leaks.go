@@ -16,7 +16,7 @@ type inventory map[string]bool
 
 // settle bounds how long leaked waits for the kernel to finish what it does
 // later by itself: clearing a loop device, ending a killed child.
-const settle = 2 * time.Second
+const settle = 10 * time.Second
 
 // takeInventory lists this process's mounts, descriptors and children, and the
 // loop devices on files of the scratch directory, each in words.
