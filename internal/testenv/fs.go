@@ -130,9 +130,10 @@ func mountFS(t testing.TB, kind, source, dir string, o fsOptions) {
 	t.Cleanup(func() { unmountFS(t, dir) })
 }
 
-// unmountFS waits a little for processes that are just ending.
+// unmountFS waits for processes and namespaces that are just ending: on a
+// machine with ten times more to do than processors that took over two seconds.
 func unmountFS(t testing.TB, dir string) {
-	for end := time.Now().Add(settle); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(5 * settle); ; time.Sleep(10 * time.Millisecond) {
 		err := sys.Umount(dir, 0)
 		if err == nil {
 			return
