@@ -167,7 +167,8 @@ func (s *Store) warn(err error) {
 
 // Apply unpacks a layer tar, uncompressed, onto an active snapshot, and takes
 // the listing in the same pass. The listing counts if nothing else had a way to
-// write: no mounts were handed out before Commit, and it was the only Apply.
+// write: no mounts were handed out before Commit, it was the only Apply, and the
+// archive named every directory that it made.
 // After an error the snapshot is active with a part of the layer in it.
 func (v *View) Apply(ctx context.Context, key string, tar io.Reader, o layer.ApplyOptions) error {
 	return v.fail("apply", key, v.apply(ctx, key, tar, o))
@@ -230,6 +231,13 @@ func (a *application) update(ctx context.Context, change func(*layerRecord)) err
 }
 
 func (a *application) withListing(ctx context.Context, tar io.Reader, o layer.ApplyOptions) error {
+	made, tell := false, o.Implied
+	o.Implied = func(p string) {
+		made = made || p != "."
+		if tell != nil {
+			tell(p)
+		}
+	}
 	d, err := a.s.writeListing(a.n.ref.ID, o.Volatile, func(w *layer.ListingWriter) error {
 		o.Listing = w
 		return a.unpack(ctx, tar, o)
@@ -239,6 +247,9 @@ func (a *application) withListing(ctx context.Context, tar io.Reader, o layer.Ap
 	}
 	if err := faults.Point(ctx, "store: apply: listed"); err != nil {
 		return err
+	}
+	if made {
+		return nil // what these directories are is known when the parents are: Commit has the listing made anew
 	}
 	return a.update(ctx, func(l *layerRecord) { l.Exposed, l.Applied, l.Digest = false, true, d })
 }
