@@ -11,12 +11,15 @@ import (
 
 // Mounted is one mount of a layer of the store.
 type Mounted struct {
-	View    string     `json:"view,omitempty"` // of the first name; "" if the snapshot was removed
-	Key     string     `json:"key,omitempty"`
-	Driver  string     `json:"driver"`
-	ID      drivers.ID `json:"id"`
-	Target  string     `json:"target"`
-	Options []string   `json:"options,omitempty"`
+	View   string     `json:"view,omitempty"` // of the first name; "" if the snapshot was removed
+	Key    string     `json:"key,omitempty"`
+	Driver string     `json:"driver"`
+	ID     drivers.ID `json:"id"`
+	Target string     `json:"target"`
+	// ReadOnly says that nothing can be written through it: the mount is
+	// read-only, or its file system.
+	ReadOnly bool     `json:"readOnly"`
+	Options  []string `json:"options,omitempty"` // of the mount
 }
 
 // Mounted returns where layers of the store are mounted in this process's mount
@@ -35,7 +38,7 @@ func (s *Store) Mounted(ctx context.Context) ([]Mounted, error) {
 	for _, i := range infos {
 		for name, d := range ds {
 			if id, ok := d.Owner([]mount.Mount{i.Mount()}); ok {
-				all = append(all, Mounted{Driver: name, ID: id, Target: i.Target, Options: i.Options})
+				all = append(all, Mounted{Driver: name, ID: id, Target: i.Target, ReadOnly: i.ReadOnly(), Options: i.Options})
 				break
 			}
 		}

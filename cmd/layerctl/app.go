@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
@@ -31,19 +33,21 @@ type app struct {
 	volatile bool
 
 	importOptions importOptions
+	mayMake       bool // the verb makes the store where there is none
 
 	in       io.Reader
 	out, err io.Writer
 
-	store  *snapshot.Store // nil until openStore
-	images *image.Store    // nil until openImages
+	store    *snapshot.Store // nil until openStore
+	readOnly bool            // the store's file system is
+	images   *image.Store    // nil until openImages
 }
 
 func newApp() *app { return &app{in: os.Stdin, out: os.Stdout, err: os.Stderr} }
 
 // note tells the user something on standard error.
 func (a *app) note(format string, args ...any) {
-	fmt.Fprintf(a.err, "layerctl: "+format+"\n", args...)
+	fmt.Fprintf(a.err, "layerctl: %s\n", printable(fmt.Sprintf(format, args...)))
 }
 
 // defaultRoot is the store's place when --root does not say.
@@ -74,18 +78,39 @@ func (a *app) setRoot() error {
 	return err
 }
 
-// openStore opens the store once.
+// openStore opens the store once; one on a read-only file system for reading.
 func (a *app) openStore(ctx context.Context) (*snapshot.Store, error) {
 	if a.store != nil {
 		return a.store, nil
 	}
+	if err := a.needStore(); err != nil {
+		return nil, err
+	}
 	s, err := layerctl.Open(ctx, a.root, layerctl.Options{Volatile: a.volatile})
+	if errors.Is(err, syscall.EROFS) && a.storeExists() {
+		a.readOnly = true
+		s, err = layerctl.Open(ctx, a.root, layerctl.Options{ReadOnly: true})
+	}
 	if err != nil {
 		return nil, err
 	}
 	a.store = s
 	a.reportRecovery(s)
 	return s, nil
+}
+
+// needStore refuses a root without a store to a verb that does not make one: a
+// mistyped --root is no empty store.
+func (a *app) needStore() error {
+	if a.mayMake {
+		return nil
+	}
+	entries, err := os.ReadDir(a.root)
+	if err == nil && len(entries) > 0 || err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil // a store, or opening it says what is wrong with it
+	}
+	return hintf(fmt.Errorf("no store at %s: %w", a.root, errdefs.ErrNotFound),
+		"is --root right? `layerctl import` and `layerctl load` make a store")
 }
 
 // reportRecovery says what a crash had left and opening has repaired.

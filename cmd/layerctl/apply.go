@@ -23,6 +23,7 @@ error a writable snapshot may hold part of the layer; a new one is not made.`,
 		Args:              cobra.ExactArgs(2),
 		ValidArgsFunction: completeSecond(a.completeNames(0, snapshots.KindActive)),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			a.mayMake = parent == ""
 			return verbError(a.apply(cmd.Context(), args[0], args[1], parent), "apply", args[1])
 		},
 	})
@@ -42,7 +43,10 @@ func completeSecond(f cobra.CompletionFunc) cobra.CompletionFunc {
 }
 
 func (a *app) apply(ctx context.Context, src, name, parent string) error {
-	v, err := a.openView(ctx)
+	if err := needSource(src); err != nil {
+		return err
+	}
+	v, err := a.openSwept(ctx)
 	if err != nil {
 		return err
 	}
@@ -70,6 +74,9 @@ func (a *app) applyTo(ctx context.Context, v *snapshot.View, name, parent string
 	info, err := v.Stat(ctx, name)
 	switch {
 	case errdefs.IsNotFound(err):
+		if err := checkName(name); err != nil {
+			return err
+		}
 		if parent != "" {
 			if info, err = a.resolve(ctx, v, parent); err != nil {
 				return fmt.Errorf("parent %s: %w", parent, err)

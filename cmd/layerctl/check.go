@@ -71,10 +71,11 @@ func (a *app) check(ctx context.Context, o checkOptions) error {
 }
 
 func (a *app) checkSnapshots(ctx context.Context, o checkOptions) ([]checkRow, error) {
-	s, err := a.openStore(ctx)
+	v, err := a.openSwept(ctx)
 	if err != nil {
 		return nil, err
 	}
+	s := v.Store()
 	p := a.startSteps("check")
 	defer p.Stop()
 	found, err := s.Check(ctx, snapshot.CheckOptions{Quick: o.quick, Repair: o.repair, Progress: func(c snapshot.CheckProgress) {

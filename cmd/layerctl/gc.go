@@ -27,7 +27,7 @@ type gcReport struct {
 }
 
 func (a *app) gc(ctx context.Context) error {
-	v, err := a.openView(ctx)
+	v, err := a.openSwept(ctx)
 	if err != nil {
 		return err
 	}

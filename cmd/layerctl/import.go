@@ -40,6 +40,7 @@ in the xattr user.containers.override_stat, and diff, export and save give them
 back.`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			a.mayMake = true
 			return verbError(a.runImport(cmd.Context(), args[0], args[1], *o), "import", args[1])
 		},
 	})
@@ -50,7 +51,10 @@ back.`,
 }
 
 func (a *app) runImport(ctx context.Context, src, name string, o importOptions) error {
-	v, err := a.openView(ctx)
+	if err := needSource(src); err != nil {
+		return err
+	}
+	v, err := a.openSwept(ctx)
 	if err != nil {
 		return err
 	}
@@ -74,6 +78,15 @@ func (a *app) runImport(ctx context.Context, src, name string, o importOptions) 
 	p.Stop()
 	a.sayMade(ctx, v, name, start, left)
 	return nil
+}
+
+// needSource refuses a source that is not there before a store is made for it.
+func needSource(src string) error {
+	if src == "-" {
+		return nil
+	}
+	_, err := os.Stat(src)
+	return err
 }
 
 // leftOut counts what a layer could not take.
@@ -119,22 +132,33 @@ func (a *app) sayMade(ctx context.Context, v *snapshot.View, name string, start 
 // layer tar. What it makes on the way has a name of its own, which is removed
 // whatever happens, an interrupt too.
 func (a *app) newLayer(ctx context.Context, v *snapshot.View, name, parent string, labels map[string]string, s *source, left *leftOut) (err error) {
+	l, err := a.lockMaking(ctx)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
 	key := madeName("new")
-	if err := v.Create(ctx, key, parent, snapshot.CreateOptions{}); err != nil {
+	if err := v.Create(ctx, key, parent, snapshot.CreateOptions{Labels: map[string]string{labelNew: name}}); err != nil {
 		return err
 	}
 	defer func() {
-		if err == nil {
-			return
-		}
-		if rerr := v.Remove(context.WithoutCancel(ctx), key); rerr != nil && !errdefs.IsNotFound(rerr) {
-			err = errors.Join(err, rerr)
+		if err != nil {
+			err = errors.Join(err, discard(ctx, v, key))
 		}
 	}()
 	if err := a.applySource(ctx, v, key, s, left); err != nil {
 		return err
 	}
 	return v.CommitWith(ctx, name, key, snapshot.CommitOptions{Labels: labels})
+}
+
+// discard removes a snapshot and its bytes, though ctx may have ended.
+func discard(ctx context.Context, v *snapshot.View, key string) error {
+	ctx = context.WithoutCancel(ctx)
+	if err := v.Remove(ctx, key); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	return v.Cleanup(ctx)
 }
 
 // applySource unpacks a source onto a writable snapshot. The source is read by a

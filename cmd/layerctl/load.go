@@ -29,6 +29,7 @@ layers become committed snapshots named by ChainID; the name or digest of each
 image is printed. The blobs are kept, so that save gives the same digests.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			a.mayMake = true
 			return verbError(a.load(cmd.Context(), args[0], o), "load", args[0])
 		},
 	})
@@ -42,7 +43,10 @@ image is printed. The blobs are kept, so that save gives the same digests.`,
 }
 
 func (a *app) load(ctx context.Context, src string, o loadOptions) error {
-	v, err := a.openView(ctx)
+	if err := needSource(src); err != nil {
+		return err
+	}
+	v, err := a.openSwept(ctx)
 	if err != nil {
 		return err
 	}

@@ -35,7 +35,8 @@ type lsRow struct {
 	Mounted []string          `json:"mounted,omitempty"`
 	Labels  map[string]string `json:"labels,omitempty"`
 
-	branch string // the picture before the name
+	branch   string // the picture before the name
+	halfMade bool   // nobody is to see it
 }
 
 func (a *app) ls(ctx context.Context) error {
@@ -45,6 +46,7 @@ func (a *app) ls(ctx context.Context) error {
 		if rows, err = a.snapshotRows(ctx); err != nil {
 			return err
 		}
+		rows = slices.DeleteFunc(rows, func(r lsRow) bool { return r.halfMade })
 	}
 	on := colour(a.out)
 	return show(a, rows, table[lsRow]{
@@ -69,7 +71,7 @@ func orDash(words []string) string {
 
 // snapshotRows reads everything and orders it as a tree.
 func (a *app) snapshotRows(ctx context.Context) ([]lsRow, error) {
-	v, err := a.openView(ctx)
+	v, err := a.openSwept(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -88,7 +90,7 @@ func (a *app) snapshotRows(ctx context.Context) ([]lsRow, error) {
 		if err != nil {
 			return nil, err
 		}
-		row.Images = images[r.Key]
+		row.Images, row.halfMade = images[r.Key], halfMade(r.Kind, r.Labels)
 		for _, m := range mounted {
 			if m.View == v.Name() && m.Key == r.Key {
 				row.Mounted = append(row.Mounted, m.Target)
@@ -107,10 +109,20 @@ func rowOfRecord(ctx context.Context, v *snapshot.View, r snapshot.Record) (lsRo
 	if r.Kind == snapshots.KindCommitted {
 		return row, nil
 	}
-	u, err := v.Usage(ctx, r.Key)
+	// Who unpacks to it or freezes it has it for itself, maybe for long: a list
+	// does not wait.
+	short, cancel := context.WithTimeout(ctx, usagePatience)
+	defer cancel()
+	u, err := v.Usage(short, r.Key)
+	if err != nil && short.Err() != nil && ctx.Err() == nil {
+		u, err = snapshots.Usage{Size: -1, Inodes: -1}, nil
+	}
 	row.Size, row.Inodes = u.Size, u.Inodes
 	return row, err
 }
+
+// usagePatience is how long a list waits for the usage of a writable snapshot.
+const usagePatience = 500 * time.Millisecond
 
 // treeOrder puts each row below its parent and draws the branches. Rows come
 // sorted by name, and stay so among siblings.

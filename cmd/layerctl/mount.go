@@ -9,9 +9,11 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
 
 	"github.com/layerctl/layerctl/drivers"
@@ -80,7 +82,7 @@ func (a *app) listMounts(ctx context.Context) error {
 			return err
 		}
 		for _, m := range ms {
-			rows = append(rows, mountRow{m.Key, m.Target, mode(readOnlyMount(m)), m.Driver})
+			rows = append(rows, mountRow{m.Key, m.Target, mode(m.ReadOnly), m.Driver})
 		}
 	}
 	return show(a, rows, table[mountRow]{
@@ -89,9 +91,6 @@ func (a *app) listMounts(ctx context.Context) error {
 		name: func(r mountRow) string { return r.Target },
 	})
 }
-
-// readOnlyMount reports whether a mount cannot be written through.
-func readOnlyMount(m snapshot.Mounted) bool { return slices.Contains(m.Options, "ro") }
 
 func mode(readOnly bool) string {
 	if readOnly {
@@ -110,7 +109,7 @@ func (a *app) mount(ctx context.Context, args []string, o mountOptions) (err err
 	if err != nil {
 		return err
 	}
-	m := &mounting{a: a, v: v, o: o, base: info}
+	m := &mounting{a: a, v: v, o: o, base: info, said: args[0]}
 	if err := m.choose(ctx); err != nil {
 		return err
 	}
@@ -141,6 +140,7 @@ type mounting struct {
 	v       *snapshot.View
 	o       mountOptions
 	base    snapshots.Info
+	said    string         // what the user called it
 	key     string         // what is mounted
 	kind    snapshots.Kind // of key
 	prepare bool           // key is to be made on base first
@@ -168,7 +168,7 @@ func (m *mounting) choose(ctx context.Context) error {
 		m.kind = snapshots.KindActive
 	}
 	if m.key = m.o.name; m.key == "" {
-		m.key = madeName(m.base.Name)
+		m.key = madeName(plainName(m.base.Name, m.said))
 	}
 	return m.chooseNamed(ctx)
 }
@@ -179,7 +179,7 @@ func (m *mounting) chooseNamed(ctx context.Context) error {
 	had, err := m.v.Stat(ctx, m.key)
 	if errdefs.IsNotFound(err) {
 		m.prepare = true
-		return nil
+		return checkName(m.key)
 	}
 	if err != nil {
 		return err
@@ -191,15 +191,26 @@ func (m *mounting) chooseNamed(ctx context.Context) error {
 	return nil
 }
 
-// label names the mountpoint: --name, else the key.
-func (m *mounting) label() string { return m.key }
+// label names the mountpoint: the key, but for a layer of an image the image's
+// name and the beginning of the digest.
+func (m *mounting) label() string {
+	short := plainName(m.key, m.said)
+	if hex := strings.TrimPrefix(m.key, "sha256:"); short != m.key && !strings.HasPrefix(hex, short) {
+		short += "-" + hex[:12]
+	}
+	return short
+}
 
 // mountpoint is the place to mount at: the one that was given, or ROOT/mnt/NAME.
 func (a *app) mountpoint(name string, args []string) (string, error) {
 	if len(args) == 1 {
 		return filepath.Abs(args[0])
 	}
-	return filepath.Join(a.root, "mnt", strings.TrimPrefix(url.PathEscape("x"+name), "x")), nil
+	file := strings.TrimPrefix(url.PathEscape("x"+name), "x")
+	if len(file) > maxName {
+		file = file[:maxName-17] + "-" + digest.FromString(name).Encoded()[:16]
+	}
+	return filepath.Join(a.root, "mnt", file), nil
 }
 
 // already finds out whether the snapshot is mounted there, and refuses a second
@@ -213,13 +224,13 @@ func (m *mounting) already(ctx context.Context, target string) (bool, error) {
 	for _, at := range all {
 		ours := at.View == m.v.Name() && at.Key == m.key
 		switch {
-		case at.Target == real && ours && readOnlyMount(at) == m.readOnly():
+		case at.Target == real && ours && at.ReadOnly == m.readOnly():
 			return true, nil
 		case at.Target == real:
-			return false, hintf(fmt.Errorf("%s is mounted (%s) at %s: %w", at.Key, mode(readOnlyMount(at)), real, errdefs.ErrAlreadyExists),
+			return false, hintf(fmt.Errorf("%s is mounted (%s) at %s: %w", at.Key, mode(at.ReadOnly), real, errdefs.ErrAlreadyExists),
 				"`layerctl umount %s`, or another TARGET", real)
-		case ours && !(readOnlyMount(at) && m.readOnly()):
-			return false, hintf(fmt.Errorf("%s is mounted (%s) at %s: %w", m.key, mode(readOnlyMount(at)), at.Target, errdefs.ErrFailedPrecondition),
+		case ours && !(at.ReadOnly && m.readOnly()):
+			return false, hintf(fmt.Errorf("%s is mounted (%s) at %s: %w", m.key, mode(at.ReadOnly), at.Target, errdefs.ErrFailedPrecondition),
 				"`layerctl umount %s` first", m.key)
 		}
 	}
@@ -252,7 +263,7 @@ func (m *mounting) make(ctx context.Context, target string) (err error) {
 		if err := m.v.Create(ctx, m.key, m.base.Name, o); err != nil {
 			return err
 		}
-		defer undo(func() error { return m.v.Remove(context.WithoutCancel(ctx), m.key) })
+		defer undo(func() error { return discard(ctx, m.v, m.key) })
 	}
 	made, err := makeMountpoint(target)
 	if err != nil {
@@ -385,10 +396,7 @@ func (a *app) unmountAll(ms []snapshot.Mounted, lazy bool) error {
 	var errs []error
 	for _, m := range ms {
 		if err := mount.Unmount(m.Target, mount.UnmountOptions{Lazy: lazy}); err != nil {
-			if errdefs.IsFailedPrecondition(err) {
-				err = hintf(err, "end that, or use --lazy")
-			}
-			errs = append(errs, err)
+			errs = append(errs, busy(m.Target, err))
 			continue
 		}
 		if filepath.Dir(m.Target) == realPath(filepath.Join(a.root, "mnt")) {
@@ -396,4 +404,32 @@ func (a *app) unmountAll(ms []snapshot.Mounted, lazy bool) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// busy says who uses a mount that could not be undone: each process once, and
+// not this one, which holds nothing for longer than it runs.
+func busy(target string, err error) error {
+	if !errors.Is(err, syscall.EBUSY) {
+		return err
+	}
+	all, herr := mount.Holders(target)
+	var who []string
+	for i := 0; i < len(all); {
+		h, how := all[i], []string{all[i].What}
+		for i++; i < len(all) && h.PID != 0 && all[i].PID == h.PID; i++ {
+			how = append(how, all[i].What)
+		}
+		switch h.PID {
+		case 0:
+			who = append(who, "the mount "+h.Path)
+		case os.Getpid():
+		default:
+			who = append(who, fmt.Sprintf("%s %d (%s)", h.Comm, h.PID, strings.Join(how, ", ")))
+		}
+	}
+	if herr != nil || len(who) == 0 {
+		return hintf(err, "end what uses it, or use --lazy")
+	}
+	return hintf(fmt.Errorf("%s is in use by %s: %w: %w", target, strings.Join(who, "; "), errdefs.ErrFailedPrecondition, syscall.EBUSY),
+		"end that, or use --lazy")
 }

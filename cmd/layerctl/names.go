@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -115,8 +117,27 @@ func keyByPrefix(ctx context.Context, v *snapshot.View, prefix string) (string, 
 	return found[0], nil
 }
 
-// free refuses a name that is taken.
+// checkName refuses a new name that lists could not show on a line of their own.
+func checkName(name string) error {
+	switch {
+	case name == "":
+		return fmt.Errorf("a name is empty: %w", errdefs.ErrInvalidArgument)
+	case !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl):
+		return fmt.Errorf("the name %q holds a control character or is not UTF-8: %w", name, errdefs.ErrInvalidArgument)
+	case len(name) > maxName:
+		return fmt.Errorf("the name has %d bytes, more than %d: %w", len(name), maxName, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// maxName is the most bytes of a new name, as of a file's.
+const maxName = 255
+
+// free refuses a new name that cannot be one, or is taken.
 func free(ctx context.Context, v *snapshot.View, name string) error {
+	if err := checkName(name); err != nil {
+		return err
+	}
 	_, err := v.Stat(ctx, name)
 	if errdefs.IsNotFound(err) {
 		return nil
@@ -128,8 +149,22 @@ func free(ctx context.Context, v *snapshot.View, name string) error {
 }
 
 // madeName makes a name for something of base that the user gave no name.
-func madeName(base string) string {
-	return strings.TrimSuffix(shortName(base), ":latest") + "-" + strings.ToLower(rand.Text()[:6])
+func madeName(base string) string { return base + "-" + strings.ToLower(rand.Text()[:6]) }
+
+// plainName is a name to make others of, for a snapshot that the user called
+// said: the key itself, but for a layer of an image the last part of the image's
+// name, or twelve digits of the digest.
+func plainName(key, said string) string {
+	hex, ok := strings.CutPrefix(key, "sha256:")
+	if !ok || len(hex) != 64 {
+		return key
+	}
+	if strings.Trim(strings.TrimPrefix(said, "sha256:"), "0123456789abcdef") == "" {
+		return hex[:12]
+	}
+	said, _, _ = strings.Cut(said[strings.LastIndexByte(said, '/')+1:], "@")
+	said, _, _ = strings.Cut(said, ":")
+	return said
 }
 
 // shortName shortens a digest to twelve digits, as engines print it.

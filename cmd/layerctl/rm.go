@@ -33,7 +33,7 @@ snapshots of its layers that nothing else is built on. Each name is printed.`,
 }
 
 func (a *app) rm(ctx context.Context, args []string, force bool) error {
-	v, err := a.openView(ctx)
+	v, err := a.openSwept(ctx)
 	if err != nil {
 		return verbError(err, "rm")
 	}

@@ -73,7 +73,7 @@ func wrapArgs(c *cobra.Command) {
 	}
 	c.Args = func(cmd *cobra.Command, args []string) error {
 		if err := check(cmd, args); err != nil {
-			return usageError{cmd, err}
+			return usageError{cmd, verbError(err, cmd.Name())}
 		}
 		return nil
 	}
@@ -98,6 +98,9 @@ func (a *app) before(cmd *cobra.Command, args []string) error {
 	c := userns.Command{Args: os.Args[1:], Root: a.root}
 	switch how {
 	case nsKeep:
+		if err := a.needStore(); len(args) > 0 && err != nil {
+			return verbError(err, cmd.Name(), args[0])
+		}
 		c.Keep, c.Mounts = len(args) > 0, a.countAfterFailure // without arguments mount lists
 	case nsDrop:
 		c.Mounts = a.countMounts
@@ -107,15 +110,34 @@ func (a *app) before(cmd *cobra.Command, args []string) error {
 	return a.enterNamespaces(c)
 }
 
-// versionString is the version that the linker or the module system knows.
+// versionString is the version that the linker or the module system knows, else
+// the commit that was built.
 func versionString() string {
 	if version != "unknown" {
 		return version
 	}
-	if bi, ok := debug.ReadBuildInfo(); ok && bi.Main.Version != "" && bi.Main.Version != "(devel)" {
+	if bi, ok := debug.ReadBuildInfo(); ok {
+		return versionOf(bi)
+	}
+	return "devel"
+}
+
+func versionOf(bi *debug.BuildInfo) string {
+	if bi.Main.Version != "" && bi.Main.Version != "(devel)" {
 		return bi.Main.Version
 	}
-	return version
+	set := map[string]string{}
+	for _, s := range bi.Settings {
+		set[s.Key] = s.Value
+	}
+	v := "devel"
+	if rev := set["vcs.revision"]; rev != "" {
+		v += "-" + rev[:min(len(rev), 12)]
+	}
+	if set["vcs.modified"] == "true" {
+		v += "+dirty"
+	}
+	return v + " (" + bi.GoVersion + ")"
 }
 
 func (a *app) versionCommand() *cobra.Command {
