@@ -111,7 +111,8 @@ type CreateOptions struct {
 	// Quota bounds what may be written, in bytes; 0 means no limit. Needs
 	// Capabilities.Quota.
 	Quota int64
-	// RootOwner owns the root directory of a parentless layer; nil means 0:0.
+	// RootOwner owns the root directory of a parentless layer; nil means 0:0. That
+	// directory's mode is 0755 and its times are 0, the same on every driver.
 	RootOwner *Owner
 	// IDMap is how this layer shows owners (containerd's remap-ids): ids of the
 	// parents' files on disk are container ids, shown shifted to host ids. Needs

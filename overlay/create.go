@@ -152,7 +152,11 @@ func (d *Driver) dressRoot(dir *sys.Fd, r drivers.Ref, o drivers.CreateOptions, 
 	if err := fs.Chown("", owner.UID, owner.GID); err != nil {
 		return err
 	}
-	return fs.Chmod(0o755) // whatever the umask is
+	if err := fs.Chmod(0o755); err != nil { // whatever the umask is
+		return err
+	}
+	// A layer whose archive does not name its root is the same whenever it is unpacked.
+	return fs.Utimes("", sys.Time{}, sys.Time{})
 }
 
 // copyRoot gives fs the metadata of a parent's root, shifted by m.

@@ -124,6 +124,10 @@ func (k *kit) wantRoot(dir string, uid, gid uint32) {
 	if sys.Mode&0o7777 != 0o755 || sys.Uid != uid || sys.Gid != gid {
 		k.Errorf("root is %04o %d:%d, want 0755 %d:%d", sys.Mode&0o7777, sys.Uid, sys.Gid, uid, gid)
 	}
+	// or a layer whose archive does not name its root would be another each time
+	if sys.Mtim != (syscall.Timespec{}) {
+		k.Errorf("root's mtime is %v, want 0", sys.Mtim)
+	}
 	names, err := os.ReadDir(dir)
 	k.check(err)
 	if len(names) > 0 {

@@ -143,10 +143,11 @@ func emptyTree(l *sys.Fd, owner *drivers.Owner) error {
 		owner = &drivers.Owner{}
 	}
 	err := l.Chown(treeDir, owner.UID, owner.GID)
-	if err != nil && *owner == (drivers.Owner{}) {
-		return nil
+	if err != nil && *owner != (drivers.Owner{}) {
+		return err
 	}
-	return err
+	// A layer whose archive does not name its root is the same whenever it is unpacked.
+	return l.Utimes(treeDir, sys.Time{}, sys.Time{})
 }
 
 // copyTree copies the tree of a committed layer into the layer directory l.
