@@ -30,7 +30,7 @@ deps: ## what the tests need, from Debian packages, when missing
 
 test: deps build ## every test
 	scripts/gotest.sh $(PKGS)
-	cd bench/peers && $(GO) test ./...
+	cd bench/peers && $(GO) vet ./...
 
 check: deps lint race fuzz ## what CI runs
 
@@ -60,7 +60,7 @@ stress: ## slow: the store under eight processes and a killer for a minute, long
 	LAYERCTL_STRESS=60s $(GO) test -count=1 -timeout 30m -run 'Stress|Model|Power' ./snapshot ./drivers/native ./overlay -v
 
 bench: ## the benchmarks, peers beside ours; bench/RESULTS.md says how its figures were made
-	cd bench/peers && $(GO) test -run '^$$' -bench . -benchtime 5x -timeout 60m ./...
+	cd bench/peers && $(GO) run . -runs 9
 
 images: build ## slow: a real six-layer Debian image for trials, into out/images
 	scripts/make-images.sh out/images
