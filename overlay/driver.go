@@ -146,7 +146,7 @@ func (d *Driver) capabilities() drivers.Capabilities {
 		LinksSettle:     !d.features.has(featLinks),
 	}
 	if d.opts.userxattr {
-		c.Lost = []string{"device nodes", "owners outside the user namespace", "trusted.* xattrs"}
+		c.Lost = []string{"device nodes", "owners outside the user namespace (kept in user.containers.override_stat, where a later chmod or chown is not seen)", "trusted.* xattrs"}
 	}
 	return c
 }

@@ -457,6 +457,27 @@ func TestProbesAreRemembered(t *testing.T) {
 	}
 }
 
+// A store on a file system that became read-only can still be looked at.
+func TestReadOnlyFileSystem(t *testing.T) {
+	b := newBench(t, "ext4", nil)
+	base := b.layer(drivers.Ref{}, func(dir string) { b.file(dir+"/f", "x") })
+	b.check(sys.Mount("", b.dir, "", sys.MS_REMOUNT|sys.MS_RDONLY, ""))
+	defer func() { b.check(sys.Mount("", b.dir, "", sys.MS_REMOUNT, "")) }()
+	b.open(nil)
+	var seen []string
+	for c, err := range b.Diff(b.ctx, drivers.Ref{}, base) {
+		b.check(err)
+		seen = append(seen, c.String())
+	}
+	if !slices.Equal(seen, []string{"A .", "A f"}) {
+		t.Errorf("diff: %q", seen)
+	}
+	err := b.Create(b.ctx, drivers.Ref{ID: 77}, drivers.CreateOptions{})
+	if !errors.Is(err, syscall.EROFS) {
+		t.Errorf("create: %v, want EROFS", err)
+	}
+}
+
 func TestFormat(t *testing.T) {
 	b := newBench(t, "tmpfs", nil)
 	for _, c := range []struct{ text, says string }{

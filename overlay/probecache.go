@@ -2,10 +2,12 @@ package overlay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -50,10 +52,14 @@ func rootFeatures(ctx context.Context, root string) features {
 		return probeFeatures(ctx, root)
 	}
 	var p probed
-	if readJSON(dir, probedFile, &p) == nil && p.Key == key {
+	stored := readJSON(dir, probedFile, &p) == nil
+	if stored && p.Key == key {
 		return p.features()
 	}
 	f := probeFeatures(ctx, root)
+	if stored && errors.Is(f.works.Err, syscall.EROFS) {
+		return p.features() // nothing can be tried, only read: as it was when it could be written
+	}
 	if p, ok := remember(key, f); ok {
 		_ = writeJSON(dir, probedFile, p, false) // another process may be writing the same
 	}

@@ -29,7 +29,7 @@ const (
 
 // losses is what is lost where a feature is missing.
 var losses = []struct{ feature, lost string }{
-	{owners, "owners outside the user namespace (kept in " + overrideXattr + ")"},
+	{owners, "owners outside the user namespace (kept in " + overrideXattr + ", where a later chmod or chown is not seen)"},
 	{devices, "device nodes"},
 	{trusted, "trusted.* xattrs"},
 	{filecaps, "file capabilities"},
