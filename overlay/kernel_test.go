@@ -2,10 +2,8 @@ package overlay
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"errors"
-	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -611,13 +609,19 @@ func TestProjectIDs(t *testing.T) {
 	}
 }
 
-// The quota itself needs CONFIG_QFMT_V2 of the kernel.
+// The quota itself needs CONFIG_QFMT_V2, or CONFIG_XFS_QUOTA, of the kernel: it
+// refuses to mount a file system with quota otherwise.
 func TestQuota(t *testing.T) {
 	testenv.Root(t)
-	if !quotaInKernel() {
-		testenv.Optional(t, "this kernel has no quota for ext4 (CONFIG_QFMT_V2)")
+	for kind, mkfs := range map[string][]string{"ext4": {"-O", "quota,project", "-E", "quotatype=prjquota"}, "xfs": nil} {
+		t.Run(kind, func(t *testing.T) {
+			checkQuota(t, kind, testenv.MkfsArgs(mkfs...), testenv.MountOptions("prjquota"), testenv.IfKernelHas("project quota on "+kind))
+		})
 	}
-	b := newBench(t, "ext4", nil, testenv.MkfsArgs("-O", "quota,project", "-E", "quotatype=prjquota"), testenv.MountOptions("prjquota"))
+}
+
+func checkQuota(t *testing.T, kind string, fs ...testenv.Option) {
+	b := newBench(t, kind, nil, fs...)
 	if !b.Capabilities().Quota {
 		t.Fatal(b.features.Detail(featQuota))
 	}
@@ -640,32 +644,6 @@ func TestQuota(t *testing.T) {
 	if q, err := dir.ProjectQuota(project); err == nil && q.Bytes != 0 {
 		t.Errorf("after Remove project %d has %+v", project, q)
 	}
-}
-
-// quotaInKernel reports whether the kernel can mount an ext4 with quota, by its
-// configuration: it refuses to mount one otherwise.
-func quotaInKernel() bool {
-	if _, err := os.Stat("/sys/module/quota_v2"); err == nil {
-		return true
-	}
-	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
-	if err != nil {
-		return false
-	}
-	b, err := os.ReadFile("/boot/config-" + strings.TrimSpace(string(release)))
-	if err != nil {
-		if b, err = os.ReadFile("/proc/config.gz"); err != nil {
-			return false
-		}
-		z, err := gzip.NewReader(bytes.NewReader(b))
-		if err != nil {
-			return false
-		}
-		if b, err = io.ReadAll(z); err != nil {
-			return false
-		}
-	}
-	return bytes.Contains(b, []byte("CONFIG_QFMT_V2="))
 }
 
 func unixTime(sec int64) time.Time { return time.Unix(sec, 0) }
