@@ -80,10 +80,7 @@ func TestIDMappedChangeIsExact(t *testing.T) {
 			same := func(what string) {
 				got, seen := b.tarOf(b.Diff(b.ctx, base, r))
 				if want == nil {
-					want = []string{got}
-					for _, l := range seen {
-						want = append(want, l)
-					}
+					want = append([]string{got}, seen...)
 					for _, l := range []string{"C acl (time)", "C cap (time)", "C own (time)", "C d/f (time)", "C d/g (mode)", "A new", "A new/f", "A new/link", "A new/p"} {
 						if !slices.Contains(seen, l) {
 							t.Errorf("%s: no %q in %q", what, l, seen)

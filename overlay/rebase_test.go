@@ -57,13 +57,6 @@ func (b *bench) applied(parent drivers.Ref, archive []byte) drivers.Ref {
 	return r
 }
 
-// treeOf is the tree of a committed layer as a tar.
-func (b *bench) treeOf(r drivers.Ref) string {
-	b.Helper()
-	out, _ := b.tarOf(b.Diff(b.ctx, drivers.Ref{}, r))
-	return out
-}
-
 // system is a base layer as distributions have it.
 func (b *bench) system() drivers.Ref {
 	b.Helper()
