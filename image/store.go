@@ -152,8 +152,13 @@ func (s *Store) List(ctx context.Context) ([]Image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("image: list: %w", err)
 	}
-	list := make([]Image, 0, len(idx.Manifests))
-	for _, d := range idx.Manifests {
+	return imagesOf(idx.Manifests), ctx.Err()
+}
+
+// imagesOf are the images of an index, by name, nameless ones last.
+func imagesOf(entries []ocispec.Descriptor) []Image {
+	list := make([]Image, 0, len(entries))
+	for _, d := range entries {
 		list = append(list, entryImage(d))
 	}
 	slices.SortFunc(list, func(a, b Image) int {
@@ -162,7 +167,7 @@ func (s *Store) List(ctx context.Context) ([]Image, error) {
 		}
 		return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.Target.Digest, b.Target.Digest))
 	})
-	return list, ctx.Err()
+	return list
 }
 
 // kept bounds what is in the store already: Load had its limits then, and
@@ -340,12 +345,17 @@ func (s *Store) Tag(ctx context.Context, ref, name string) error {
 	if err := checkName(name); err != nil {
 		return fmt.Errorf("image: tag: %w", err)
 	}
-	img, err := s.Resolve(ctx, ref)
+	// Resolved under the lock: else a Remove with GC, or DropLayers, that comes in
+	// between would be undone in index.json and not in the blobs.
+	err := s.update(ctx, func(all []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+		img, err := resolve(imagesOf(all), ref)
+		if err != nil {
+			return nil, err
+		}
+		img.Name = name
+		return putEntry(all, img), nil
+	})
 	if err != nil {
-		return err
-	}
-	img.Name = name
-	if err := s.put(ctx, img); err != nil {
 		return fmt.Errorf("image: tag %s: %w", name, err)
 	}
 	return nil
