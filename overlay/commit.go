@@ -48,7 +48,7 @@ func (d *Driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOpti
 	if err := drivers.Step(ctx, "overlay: commit: flushed"); err != nil {
 		return none, err
 	}
-	if err := d.measure(ctx, r.ID, &c); err != nil {
+	if err := d.measure(ctx, r, &c); err != nil {
 		return none, err
 	}
 	if err := drivers.Step(ctx, "overlay: commit: measured"); err != nil {
@@ -106,11 +106,17 @@ func (d *Driver) prepareCommit(ctx context.Context, s *state, r drivers.Ref) (co
 	return c, d.unshift(ctx, s)
 }
 
-// measure walks the layer for its usage and for files without data.
-func (d *Driver) measure(ctx context.Context, id drivers.ID, c *committed) error {
-	found, err := d.survey(ctx, id, surveyOptions{metacopy: !d.opts.userxattr})
+// measure walks the layer for its usage and for files without data. A layer on
+// nothing is written to through a bind, so overlayfs has not refused a 0/0 device
+// there: it would be a file of this layer, and gone from every layer above.
+func (d *Driver) measure(ctx context.Context, r drivers.Ref, c *committed) error {
+	found, err := d.survey(ctx, r.ID, surveyOptions{metacopy: !d.opts.userxattr, whiteouts: len(r.Parents) == 0})
 	if err != nil {
 		return err
+	}
+	if len(found.whiteouts) > 0 {
+		return fmt.Errorf("%q is what overlayfs deletes with, layers above would not have it: remove it: %w",
+			found.whiteouts[0], errdefs.ErrFailedPrecondition)
 	}
 	c.Bytes, c.Inodes = found.usage.Bytes, found.usage.Inodes
 	c.Metacopy = c.Metacopy || found.metacopy
