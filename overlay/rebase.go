@@ -174,19 +174,19 @@ func (b *rebaser) dress(p string) error {
 		return err
 	}
 	defer to.Close()
+	from, err := openBeneath(b.lower, p)
+	if err != nil && !errors.Is(err, syscall.ENOENT) {
+		return err
+	}
+	defer from.Close() // nil where the parents have none
 	if p != "." {
-		if made, err := madeUp(to); err != nil || !made {
+		if made, err := madeUp(to, from); err != nil || !made {
 			return err
 		}
 	}
-	from, err := openBeneath(b.lower, p)
-	if errors.Is(err, syscall.ENOENT) {
+	if from == nil {
 		return dropHollow(b.upper, b.w, p)
 	}
-	if err != nil {
-		return err
-	}
-	defer from.Close()
 	return copyMetadata(to, from, drivers.IDMap{})
 }
 
@@ -234,9 +234,18 @@ func dropHollow(fs *sys.Fd, w layer.Whiteouts, p string) error {
 
 // madeUp reports whether a directory has still what Apply gives to one that it
 // knows nothing of: a later archive may have named it, or somebody changed it.
-func madeUp(dir *sys.Fd) (bool, error) {
+// The mode may be that of from, the parents' directory, already: a commit that was
+// killed had not come to the times, which are set last.
+func madeUp(dir, from *sys.Fd) (bool, error) {
 	s, err := dir.Stat("")
-	return s.Mode&0o7777 == 0o755 && s.Mtime == sys.Time{}, err
+	if err != nil || s.Mtime != (sys.Time{}) {
+		return false, err
+	}
+	if s.Mode&0o7777 == 0o755 || from == nil {
+		return s.Mode&0o7777 == 0o755, nil
+	}
+	f, err := from.Stat("")
+	return s.Mode&0o7777 == f.Mode&0o7777, err
 }
 
 // relocate moves what is below a made-up directory to where the parents' symlink

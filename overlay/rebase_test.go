@@ -202,3 +202,24 @@ func TestRebaseIsRepeatable(t *testing.T) {
 	}
 	t.Error("more steps than thought")
 }
+
+// A commit that was killed between the mode and the time of a made-up directory
+// must give it the parents' time when it is done again.
+func TestRebaseKilledLeavesTimeZero(t *testing.T) {
+	b := newBench(t, "ext4", nil)
+	base := b.system()
+	r := b.applied(drivers.Ref{}, archive(t, "etc/new"))
+	dir := b.fs(r.ID) + "/etc"
+	b.check(os.Chown(dir, 5, 6))
+	b.check(os.Chmod(dir, 0o710)) // as etc is in base; Chtimes was next
+	b.check(os.Chtimes(dir, time.Unix(0, 0), time.Unix(0, 0)))
+	r.Parents = on(base)
+	b.commit(r)
+	want, err := os.Stat(b.fs(base.ID) + "/etc")
+	b.check(err)
+	got, err := os.Stat(dir)
+	b.check(err)
+	if !got.ModTime().Equal(want.ModTime()) {
+		t.Errorf("etc has the time %v, its parent's is %v", got.ModTime(), want.ModTime())
+	}
+}
