@@ -175,7 +175,7 @@ func (b *rebaser) dress(p string) error {
 	}
 	defer to.Close()
 	from, err := openBeneath(b.lower, p)
-	if err != nil && !errors.Is(err, syscall.ENOENT) {
+	if err = absent(err); err != nil {
 		return err
 	}
 	defer from.Close() // nil where the parents have none
@@ -261,7 +261,7 @@ func (b *rebaser) relocate(p string) error {
 	own.Close()
 	st, err := b.lowerStat(p)
 	if err != nil || st.IsDir() {
-		return ignore(err, syscall.ENOENT)
+		return absent(err)
 	}
 	if st.Type() != sys.S_IFLNK {
 		return fmt.Errorf("the archive has files below it and the parents have a file there: %w", errdefs.ErrFailedPrecondition)
@@ -276,6 +276,12 @@ func (b *rebaser) relocate(p string) error {
 	return b.move(p, target)
 }
 
+// absent is err, but nil where it says that the parents have nothing at a path:
+// below a file or symlink of theirs too, which a named directory of the layer hides.
+func absent(err error) error {
+	return ignore(ignore(ignore(err, syscall.ENOENT), syscall.ENOTDIR), syscall.ELOOP)
+}
+
 func ignore(err error, errno syscall.Errno) error {
 	if errors.Is(err, errno) {
 		return nil
@@ -285,7 +291,7 @@ func ignore(err error, errno syscall.Errno) error {
 
 // lowerStat describes a name of the parents' tree, its directories through no link.
 func (b *rebaser) lowerStat(p string) (sys.Stat, error) {
-	f, err := b.lower.Openat2(p, sys.O_PATH|sys.O_NOFOLLOW, 0, sys.RESOLVE_BENEATH|sys.RESOLVE_NO_MAGICLINKS)
+	f, err := b.lower.Openat2(p, sys.O_PATH|sys.O_NOFOLLOW, 0, sys.RESOLVE_BENEATH|sys.RESOLVE_NO_SYMLINKS)
 	if err != nil {
 		return sys.Stat{}, err
 	}

@@ -72,6 +72,8 @@ func TestRebaseEqualsApply(t *testing.T) {
 		"named directories":            {"./", "etc/", "etc/new", "usr/", "usr/lib/x"},
 		"whiteouts":                    {"etc/.wh.old", "usr/lib/.wh.old", "usr/.wh.bin", ".wh.nothing"},
 		"opaque":                       {"etc/", "etc/.wh..wh..opq", "etc/new", "usr/lib/.wh..wh..opq", "usr/lib/new"},
+		"below a replaced file":        {"file/", "file/a/b"},
+		"below a replaced symlink":     {"lib/", "lib/a/x"},
 		"replaced directory":           {".wh.etc", "etc/", "etc/new"},
 		"through a symlink":            {"lib/new"},
 		"through an absolute symlink":  {"bin/new", "bin/sub/new"},
