@@ -189,8 +189,9 @@ func (m *modelRun) do(o treegen.Op) error {
 	if got[0] == syscall.EXDEV && m.maybeEXDEV(o) {
 		return nil
 	}
-	if got[0] == syscall.ESTALE && m.k.caps.LinksSettle && m.oneFile(o) {
-		return nil
+	if got[0] == 0 && o.Verb == treegen.Link && m.k.caps.LinksSettle {
+		m.unmount()
+		m.dir = m.k.mount(m.layer, drivers.MountOptions{})
 	}
 	if got[0] == 0 && m.k.caps.BreaksHardLinks {
 		if err := m.separate(o); err != nil {
@@ -201,21 +202,10 @@ func (m *modelRun) do(o treegen.Op) error {
 	if err != nil {
 		return err
 	}
-	if got[0] != want[0] && !absentACL(o, got[0], want[0]) {
+	if got[0] != want[0] && !absentACL(o, got[0], want[0]) && !notEmpty(got[0], want[0]) {
 		return fmt.Errorf("%v, a plain directory %v", got[0], want[0])
 	}
 	return nil
-}
-
-// oneFile reports whether a rename is between two names of one file, which
-// changes nothing.
-func (m *modelRun) oneFile(o treegen.Op) bool {
-	if o.Verb != treegen.Rename && o.Verb != treegen.Exchange {
-		return false
-	}
-	a, err1 := os.Lstat(m.plain + "/" + o.Path)
-	b, err2 := os.Lstat(m.plain + "/" + o.To)
-	return err1 == nil && err2 == nil && os.SameFile(a, b)
 }
 
 // absentACL: taking away an ACL that is not there is ENODATA on some file systems
@@ -223,6 +213,12 @@ func (m *modelRun) oneFile(o treegen.Op) bool {
 func absentACL(o treegen.Op, a, b syscall.Errno) bool {
 	return o.Verb == treegen.Rmxattr && strings.HasPrefix(o.Attr, "system.posix_acl_") &&
 		(a == 0 && b == syscall.ENODATA || a == syscall.ENODATA && b == 0)
+}
+
+// notEmpty: a rename onto a directory that is not empty is ENOTEMPTY or EEXIST, as
+// the file system likes (rename(2)).
+func notEmpty(a, b syscall.Errno) bool {
+	return a == syscall.ENOTEMPTY && b == syscall.EEXIST || a == syscall.EEXIST && b == syscall.ENOTEMPTY
 }
 
 // maybeEXDEV reports whether the driver may refuse to rename: DirRenameEXDEV
@@ -302,10 +298,8 @@ func (m *modelRun) commit() error {
 	if err != nil {
 		return err
 	}
-	if !m.k.caps.LinksSettle {
-		if err := m.compare("the writable layer", want); err != nil {
-			return err
-		}
+	if err := m.compare("the writable layer", want); err != nil {
+		return err
 	}
 	m.unmount()
 	if _, err := k.driver.Commit(k.ctx, m.layer, drivers.CommitOptions{Volatile: true}); err != nil {
