@@ -174,8 +174,8 @@ func (b *rebaser) dress(p string) error {
 		return err
 	}
 	defer to.Close()
-	from, err := openBeneath(b.lower, p)
-	if err = absent(err); err != nil {
+	from, err := b.below(p)
+	if err != nil {
 		return err
 	}
 	defer from.Close() // nil where the parents have none
@@ -188,6 +188,33 @@ func (b *rebaser) dress(p string) error {
 		return dropHollow(b.upper, b.w, p)
 	}
 	return copyMetadata(to, from, drivers.IDMap{})
+}
+
+// below opens the parents' directory that shows through at p; nil where there is
+// none, or an opaque directory of the layer above p hides it.
+func (b *rebaser) below(p string) (*sys.Fd, error) {
+	if hidden, err := b.hidden(p); err != nil || hidden {
+		return nil, err
+	}
+	from, err := openBeneath(b.lower, p)
+	return from, absent(err)
+}
+
+// hidden reports whether a directory above p is opaque in the layer. What is p's
+// own opaque mark hides its content, and not its metadata.
+func (b *rebaser) hidden(p string) (bool, error) {
+	for dir := path.Dir(p); p != "." && dir != "."; dir = path.Dir(dir) {
+		f, err := openBeneath(b.upper, dir)
+		if err != nil {
+			return false, absent(err)
+		}
+		opaque, err := b.w.IsOpaque(f)
+		f.Close()
+		if err != nil || opaque {
+			return opaque, err
+		}
+	}
+	return false, nil
 }
 
 // deepestFirst orders directories so that each comes after those in it.
@@ -259,6 +286,9 @@ func (b *rebaser) relocate(p string) error {
 		return ignore(err, syscall.ENOENT) // moved already
 	}
 	own.Close()
+	if hidden, err := b.hidden(p); err != nil || hidden {
+		return err
+	}
 	st, err := b.lowerStat(p)
 	if err != nil || st.IsDir() {
 		return absent(err)
