@@ -224,7 +224,8 @@ func layerXattrs(f *sys.Fd) (map[string]string, error) {
 	}
 	m := map[string]string{}
 	for _, n := range names {
-		if strings.HasPrefix(n, "trusted.overlay.") || strings.HasPrefix(n, "user.overlay.") || strings.HasPrefix(n, "btrfs.") {
+		if strings.HasPrefix(n, "trusted.overlay.") || strings.HasPrefix(n, "user.overlay.") || strings.HasPrefix(n, "btrfs.") ||
+			strings.HasPrefix(n, "trusted.SGI_ACL_") {
 			continue // as layer.ReadEntry
 		}
 		v, err := f.Getxattr("", n)

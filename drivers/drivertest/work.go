@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -215,11 +216,11 @@ func replicate(d *sys.Fd, name, to string, st *sys.Stat) error {
 	if err := d.Chown(to, st.UID, st.GID); err != nil {
 		return err
 	}
-	attrs, err := d.Listxattr(name)
+	attrs, err := ownXattrs(d, name)
 	if err != nil {
 		return err
 	}
-	inherited, err := d.Listxattr(to) // of a directory with a default ACL
+	inherited, err := ownXattrs(d, to) // of a directory with a default ACL
 	if err != nil {
 		return err
 	}
@@ -245,6 +246,12 @@ func replicate(d *sys.Fd, name, to string, st *sys.Stat) error {
 		}
 	}
 	return d.Utimes(to, st.Atime, st.Mtime)
+}
+
+// ownXattrs lists the xattrs of a name without XFS's second names of ACLs.
+func ownXattrs(d *sys.Fd, name string) ([]string, error) {
+	attrs, err := d.Listxattr(name)
+	return slices.DeleteFunc(attrs, func(a string) bool { return strings.HasPrefix(a, "trusted.SGI_ACL_") }), err
 }
 
 func replicateContent(d *sys.Fd, name, to string, st *sys.Stat) error {
