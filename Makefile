@@ -56,8 +56,9 @@ fuzz: ## every fuzz target for a few seconds
 fuzz-long: ## every fuzz target for ten minutes
 	scripts/fuzz.sh 10m
 
-stress: ## slow: the store under eight processes and a killer for a minute, long model tests
-	LAYERCTL_STRESS=60s $(GO) test -count=1 -timeout 30m -run 'Stress|Model|Power' ./snapshot ./drivers/native ./overlay -v
+stress: ## slow: the store under eight processes and a killer, a minute a driver; random operations, thirty seeds
+	LAYERCTL_STRESS=2m $(GO) test -count=1 -timeout 30m -run TestStress -v ./snapshot
+	LAYERCTL_SEED= $(GO) test -count=30 -timeout 60m -run 'TestDriver/.*/random_operations' ./drivers/native ./overlay
 
 bench: ## the benchmarks, peers beside ours; bench/RESULTS.md says how its figures were made
 	cd bench/peers && $(GO) run . -runs 9
