@@ -181,7 +181,7 @@ func (a *app) save(ctx context.Context, name string, o saveOptions) error {
 	defer p.Stop()
 	so := image.SaveOptions{
 		Name: o.name, Platform: o.platform, Base: o.base, Compression: comp, Created: epochTime(),
-		Skipped: left.add, Progress: p.event,
+		Skipped: left.add, Progress: p.event, Snapshots: v,
 	}
 	digest, size, err := saveNamed(ctx, a, s, v, name, to, so)
 	if err != nil {
