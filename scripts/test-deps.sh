@@ -18,6 +18,8 @@ busybox=$(command -v busybox || true)
 if [ -n "$busybox" ] && [ -x "$(command -v ldd)" ] && ldd "$busybox" >/dev/null 2>&1; then
 	missing="$missing busybox-static"
 fi
+# the race detector is linked by the C compiler
+[ -e /usr/include/stdlib.h ] || missing="$missing libc6-dev"
 [ -n "$missing" ] || exit 0
 
 if [ "$(id -u)" != 0 ]; then
