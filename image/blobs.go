@@ -100,17 +100,24 @@ func produce(ctx context.Context, cs content.Store, want ocispec.Descriptor, wri
 	if errdefs.IsAlreadyExists(err) {
 		return want, nil
 	}
-	if err != nil {
-		return want, err
+	if err != nil { // on a full disk its directory in ingest/ may be there already
+		return want, errors.Join(err, abort(ctx, cs, ref))
 	}
 	got, err := fill(ctx, w, want, write)
 	if err != nil {
 		w.Close()
-		if aerr := cs.Abort(context.WithoutCancel(ctx), ref); aerr != nil && !errdefs.IsNotFound(aerr) {
-			err = errors.Join(err, aerr)
-		}
+		err = errors.Join(err, abort(ctx, cs, ref))
 	}
 	return got, err
+}
+
+// abort removes what is unfinished; nil where nothing is.
+func abort(ctx context.Context, cs content.Store, ref string) error {
+	err := cs.Abort(context.WithoutCancel(ctx), ref)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
 }
 
 func fill(ctx context.Context, w content.Writer, want ocispec.Descriptor, write func(io.Writer) error) (ocispec.Descriptor, error) {
