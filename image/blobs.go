@@ -14,8 +14,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-
-	"github.com/layerctl/layerctl/internal/sys"
 )
 
 const copyBuffer = 1 << 20
@@ -27,22 +25,47 @@ type adopter interface {
 	adopt(d digest.Digest, size int64) (path string)
 }
 
-// copyBlob brings a blob into the store unless it is there. The bytes are
-// verified against desc on the way. done is told how many bytes were dealt with.
+// copyBlob brings a blob into the store unless it is there. What is there is
+// read against its digest: a load is what heals a store, and reading is cheaper
+// than fetching. The bytes that come are verified against desc on the way. done
+// is told how many bytes were dealt with.
 func (s *Store) copyBlob(ctx context.Context, from content.Provider, desc ocispec.Descriptor, done func(int64)) error {
 	if err := checkDescriptor(desc); err != nil {
 		return err
 	}
-	if present, err := s.has(ctx, desc); present || err != nil {
+	size, kept := s.layout.size(desc.Digest)
+	if kept && size == desc.Size {
+		err := s.verifyBlob(ctx, desc, done)
+		if !errdefs.IsDataLoss(err) {
+			return err
+		}
+		done = func(int64) {} // these bytes were told of
+	}
+	path := ""
+	if a, ok := from.(adopter); ok {
+		path = a.adopt(desc.Digest, desc.Size)
+	}
+	if path != "" {
 		done(desc.Size)
+	}
+	switch {
+	case kept:
+		return s.replaceBlob(ctx, from, path, desc, done)
+	case path != "":
+		return adoptBlob(s.dir, path, desc.Digest)
+	}
+	w, err := s.writer()
+	if err != nil {
 		return err
 	}
-	if a, ok := from.(adopter); ok {
-		if path := a.adopt(desc.Digest, desc.Size); path != "" {
-			done(desc.Size)
-			return adoptBlob(s.dir, path, desc.Digest)
-		}
-	}
+	return fetch(ctx, from, desc, done, func(r io.Reader) error {
+		_, err := ingest(ctx, w, r, desc)
+		return err
+	})
+}
+
+// fetch gives use what from says is the blob, with the right size, unverified.
+func fetch(ctx context.Context, from content.Provider, desc ocispec.Descriptor, done func(int64), use func(io.Reader) error) error {
 	ra, err := from.ReaderAt(ctx, desc)
 	if err != nil {
 		return err
@@ -51,31 +74,58 @@ func (s *Store) copyBlob(ctx context.Context, from content.Provider, desc ocispe
 	if err := checkSize(desc, ra.Size()); err != nil {
 		return err
 	}
-	w, err := s.writer()
+	return use(&progressReader{r: content.NewReader(ra), done: done})
+}
+
+// replaceBlob puts the right bytes, of the file at path if it is not "", in the
+// place of a rotten blob, in one rename when they are verified and durable: what
+// comes may be no better than what is there. Who has the old one open keeps it.
+func (s *Store) replaceBlob(ctx context.Context, from content.Provider, path string, desc ocispec.Descriptor, done func(int64)) (err error) {
+	dir, err := s.staging("heal-")
 	if err != nil {
 		return err
 	}
-	_, err = ingest(ctx, w, &progressReader{r: content.NewReader(ra), done: done}, desc)
-	return err
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	healed := dir + "/blob"
+	if path != "" {
+		err = os.Link(path, healed)
+	} else {
+		err = fetch(ctx, from, desc, done, func(r io.Reader) error { return writeVerified(ctx, healed, r, desc) })
+	}
+	if err != nil {
+		return err
+	}
+	if err := seal(healed); err != nil {
+		return err
+	}
+	target := filepath.Join(s.dir, blobPath(desc.Digest))
+	if err := os.Rename(healed, target); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(target))
 }
 
-// has reports whether the blob is there with the right size. One of another
-// size is rotten, and removed to make room for the right one.
-func (s *Store) has(ctx context.Context, desc ocispec.Descriptor) (bool, error) {
-	size, ok := s.layout.size(desc.Digest)
-	if !ok || size == desc.Size {
-		return ok, nil
-	}
-	// Looked at again under a lock: another may have brought the right one since.
-	l, err := lock(ctx, s.dir, sys.LockExclusive)
+// writeVerified writes the blob desc, which r should be, to a new file.
+func writeVerified(ctx context.Context, path string, r io.Reader, desc ocispec.Descriptor) error {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return false, err
+		return err
 	}
-	defer l.Close()
-	if size, ok = s.layout.size(desc.Digest); ok && size != desc.Size {
-		return false, s.delete(desc.Digest)
+	h := desc.Digest.Algorithm().Hash()
+	n, err := io.CopyBuffer(io.MultiWriter(onlyWriter{f}, h), ctxReader{ctx, io.LimitReader(r, desc.Size+1)}, make([]byte, copyBuffer))
+	if cerr := f.Close(); err == nil {
+		err = cerr
 	}
-	return ok, nil
+	if err != nil {
+		return fmt.Errorf("%s: %w", desc.Digest, err)
+	}
+	if err := checkSize(desc, n); err != nil {
+		return err
+	}
+	if got := digest.NewDigest(desc.Digest.Algorithm(), h); got != desc.Digest {
+		return wrongDigest(desc.Digest, got)
+	}
+	return nil
 }
 
 // ingest writes r to the content store as one blob and returns its descriptor.
@@ -182,15 +232,7 @@ func (p *progressReader) Read(b []byte) (int, error) {
 // layout dir as well: data, then the name, then the directory. The file keeps
 // its old name, for whoever still reads it there.
 func adoptBlob(dir, path string, d digest.Digest) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if err := f.Chmod(0o444); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
+	if err := seal(path); err != nil {
 		return err
 	}
 	target := filepath.Join(dir, blobPath(d))
@@ -201,4 +243,17 @@ func adoptBlob(dir, path string, d digest.Digest) error {
 		return err
 	}
 	return syncDir(filepath.Dir(target))
+}
+
+// seal makes a file what a blob is: durable, and nobody's to write.
+func seal(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := f.Chmod(0o444); err != nil {
+		return err
+	}
+	return f.Sync()
 }

@@ -96,6 +96,13 @@ func killed(t *testing.T, what, images, source, snapshots string, n int) bool {
 
 // bulky is an image whose layers take several progress events each.
 func bulky(t *testing.T) (*testimage.Layout, testimage.Image) {
+	l := testimage.NewLayout()
+	std := l.AddImage(t, testimage.Platform, bulkyLayers(), "none")
+	l.List("std", std.Target)
+	return l, std
+}
+
+func bulkyLayers() []testimage.Layer {
 	random := rand.NewChaCha8([32]byte{1})
 	var layers []testimage.Layer
 	for i := range 3 {
@@ -103,10 +110,7 @@ func bulky(t *testing.T) (*testimage.Layout, testimage.Image) {
 		random.Read(b)
 		layers = append(layers, testimage.Layer{testimage.Dir("."), testimage.File("f"+strconv.Itoa(i), string(b))})
 	}
-	l := testimage.NewLayout()
-	std := l.AddImage(t, testimage.Platform, layers, "none")
-	l.List("std", std.Target)
-	return l, std
+	return layers
 }
 
 // TestKilledLoad: a load killed at any step lists nothing, the store is sound,

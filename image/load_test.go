@@ -236,18 +236,17 @@ func TestLoadPartOfAnIndex(t *testing.T) {
 	}
 }
 
-// TestLoadAgainIsFree: blobs that are there are not read again, and a rotten one
-// is replaced.
-func TestLoadAgainIsFree(t *testing.T) {
+// TestLoadAgainWritesNothing: blobs that are there and right are not written again.
+func TestLoadAgainWritesNothing(t *testing.T) {
+	s := newStore(t)
 	l := testimage.NewLayout()
 	std := l.AddImage(t, testimage.Platform, testimage.Layers(t))
 	l.List("std", std.Target)
 	dir := l.Dir(t)
-	s := newStore(t)
 	if _, err := s.Load(t.Context(), dir, image.LoadOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	blob := filepath.Join(s.Dir(), "blobs/sha256", std.Doc.Layers[0].Digest.Encoded())
+	blob := blobFile(s, std.Doc.Layers[0].Digest)
 	before, _ := os.Stat(blob)
 	if _, err := s.Load(t.Context(), dir, image.LoadOptions{}); err != nil {
 		t.Fatal(err)
@@ -256,12 +255,88 @@ func TestLoadAgainIsFree(t *testing.T) {
 	if !os.SameFile(before, after) || before.ModTime() != after.ModTime() {
 		t.Error("written again")
 	}
-	cut(t, blob, 10)
-	if _, err := s.Load(t.Context(), dir, image.LoadOptions{}); err != nil {
-		t.Fatal(err)
+}
+
+// TestLoadAgainHeals: a kept blob that rotted, in size or in content only, is
+// replaced by loading the image again, from whatever form; who reads the old one
+// goes on reading it.
+func TestLoadAgainHeals(t *testing.T) {
+	l := testimage.NewLayout()
+	std := l.AddImage(t, testimage.Platform, bulkyLayers(), "none")
+	l.List("std", std.Target)
+	dir, archive := l.Dir(t), testimage.TempFile(t, l.Tar(t))
+	forms := map[string]func(s *image.Store) error{
+		"layout":  func(s *image.Store) error { _, err := s.Load(t.Context(), dir, image.LoadOptions{}); return err },
+		"archive": func(s *image.Store) error { _, err := s.Load(t.Context(), archive, image.LoadOptions{}); return err },
+		"stream": func(s *image.Store) error {
+			_, err := s.LoadFrom(t.Context(), bytes.NewReader(l.Tar(t)), image.LoadOptions{})
+			return err
+		},
 	}
-	if found, err := s.Check(t.Context(), image.CheckOptions{}); err != nil || len(found) > 0 {
-		t.Error(found, err)
+	rots := map[string]func(t testing.TB, file string){"content": flip, "size": func(t testing.TB, file string) { cut(t, file, 10) }}
+	for form, load := range forms {
+		for rot, spoil := range rots {
+			s := newStore(t)
+			if err := load(s); err != nil {
+				t.Fatal(err)
+			}
+			for _, d := range []digest.Digest{std.Doc.Layers[0].Digest, std.Doc.Config.Digest, std.Target.Digest} {
+				spoil(t, blobFile(s, d))
+			}
+			reader, err := os.Open(blobFile(s, std.Doc.Layers[0].Digest))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := load(s); err != nil {
+				t.Errorf("%s, %s: %v", form, rot, err)
+			}
+			if _, err := io.Copy(io.Discard, reader); err != nil {
+				t.Errorf("%s, %s: the old blob: %v", form, rot, err)
+			}
+			reader.Close()
+			if found, err := s.Check(t.Context(), image.CheckOptions{}); err != nil || len(found) > 0 {
+				t.Errorf("%s, %s: %v %v", form, rot, found, err)
+			}
+			if fi, err := os.Stat(blobFile(s, std.Doc.Layers[0].Digest)); err != nil || fi.Mode().Perm() != 0o444 {
+				t.Errorf("%s, %s: %v %v", form, rot, fi.Mode(), err)
+			}
+			noLeftovers(t, s.Dir())
+		}
+	}
+}
+
+// TestLoadAgainNeverSpoils: an image that comes with wrong bytes replaces
+// nothing, neither a good blob nor a rotten one.
+func TestLoadAgainNeverSpoils(t *testing.T) {
+	l := testimage.NewLayout()
+	std := l.AddImage(t, testimage.Platform, testimage.Layers(t), "none")
+	l.List("std", std.Target)
+	d := std.Doc.Layers[0].Digest
+	for _, rotten := range []bool{false, true} {
+		s := newStore(t)
+		dir := l.Dir(t)
+		if _, err := s.Load(t.Context(), dir, image.LoadOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		if rotten {
+			flip(t, blobFile(s, d))
+		}
+		before, err := os.ReadFile(blobFile(s, d))
+		if err != nil {
+			t.Fatal(err)
+		}
+		bad := bytes.Repeat([]byte{1}, len(before))
+		if err := os.WriteFile(filepath.Join(dir, "blobs/sha256", d.Encoded()), bad, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		_, err = s.Load(t.Context(), dir, image.LoadOptions{})
+		if rotten && (!errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), d.String())) || !rotten && err != nil {
+			t.Errorf("rotten %v: %v", rotten, err)
+		}
+		if after, err := os.ReadFile(blobFile(s, d)); err != nil || !bytes.Equal(before, after) {
+			t.Errorf("rotten %v: the blob changed: %v", rotten, err)
+		}
+		noLeftovers(t, s.Dir())
 	}
 }
 
