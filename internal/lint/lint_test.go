@@ -37,6 +37,7 @@ var level = map[string]int{
 	"drivers/drivertest": 4,
 	"drivers/native":     4,
 	"overlay":            4,
+	"fuse/union":         4,
 	"snapshot":           5,
 	"image":              6,
 	"internal/testimage": 6,
