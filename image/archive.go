@@ -26,6 +26,10 @@ const (
 	smallTotal = 16 << 20
 )
 
+// nameBytes is how many bytes of names an archive may have for each entry that
+// Limits.Entries lets it have: names stay in memory.
+const nameBytes = 320
+
 // maxLinks bounds a chain of links inside an archive.
 const maxLinks = 16
 
@@ -80,7 +84,7 @@ func spoolArchive(ctx context.Context, r io.Reader, dir string, lim Limits) (*ar
 // scan goes through a tar and notes each regular file, of which keep makes an
 // entry, and each link.
 func (a *archive) scan(ctx context.Context, tr *tar.Reader, lim Limits, keep func(*tar.Header, io.Reader) (entry, error)) error {
-	var total int64
+	var total, names int64
 	for n := 0; ; n++ {
 		if err := context.Cause(ctx); err != nil {
 			return err
@@ -95,6 +99,9 @@ func (a *archive) scan(ctx context.Context, tr *tar.Reader, lim Limits, keep fun
 		total += max(hdr.Size, 0)
 		if over(n+1, lim.Entries) || over(total, lim.Size) {
 			return fmt.Errorf("entry %q: more than %d entries or %d bytes: %w", hdr.Name, lim.Entries, lim.Size, errdefs.ErrResourceExhausted)
+		}
+		if names += int64(len(hdr.Name) + len(hdr.Linkname)); over(names, int64(lim.Entries)*nameBytes) {
+			return fmt.Errorf("entry %d: names of more than %d bytes in all: %w", n+1, int64(lim.Entries)*nameBytes, errdefs.ErrResourceExhausted)
 		}
 		err = a.note(hdr, tr, keep)
 		if errors.Is(err, io.ErrUnexpectedEOF) {
@@ -204,21 +211,27 @@ func (a *archive) has(name string) bool { _, ok := a.entries[name]; return ok }
 
 // lookup finds the regular file that name, which may be a link, stands for.
 func (a *archive) lookup(name string) (entry, error) {
+	_, e, err := a.resolve(name)
+	return e, err
+}
+
+// resolve is lookup that tells the file's own name, too.
+func (a *archive) resolve(name string) (string, entry, error) {
 	clean, err := cleanName(name)
 	if err != nil {
-		return entry{}, err
+		return "", entry{}, err
 	}
 	for range maxLinks {
 		e, ok := a.entries[clean]
 		if !ok {
-			return entry{}, fmt.Errorf("%q: not in the archive: %w", name, errdefs.ErrNotFound)
+			return "", entry{}, fmt.Errorf("%q: not in the archive: %w", name, errdefs.ErrNotFound)
 		}
 		if e.link == "" {
-			return e, nil
+			return clean, e, nil
 		}
 		clean = e.link
 	}
-	return entry{}, fmt.Errorf("%q: more than %d links: %w", name, maxLinks, errdefs.ErrInvalidArgument)
+	return "", entry{}, fmt.Errorf("%q: more than %d links: %w", name, maxLinks, errdefs.ErrInvalidArgument)
 }
 
 // readFile returns the content of a small file.

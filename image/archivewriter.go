@@ -134,7 +134,7 @@ func (k *sink) writeDocker(ctx context.Context, w io.Writer, img Image, o SaveOp
 		}
 		written[l.DiffID] = true
 		e := Event{Step: "save", Item: l.DiffID, Index: i, Count: len(m.Layers)}
-		if err := k.writePlain(ctx, t, name, l, newMeter(o.Progress, e)); err != nil {
+		if err := k.writePlain(ctx, t, name, l, layer.Limits{Window: o.Window}, newMeter(o.Progress, e)); err != nil {
 			return fmt.Errorf("layer %d of %d: %w", i+1, len(m.Layers), err)
 		}
 	}
@@ -148,18 +148,18 @@ func (k *sink) writeDocker(ctx context.Context, w io.Writer, img Image, o SaveOp
 
 // writePlain writes a layer uncompressed. A tar says the size first, so it is
 // read twice: once for its length, once, verified, for its bytes.
-func (k *sink) writePlain(ctx context.Context, t *tarWriter, name string, l Layer, m *meter) error {
+func (k *sink) writePlain(ctx context.Context, t *tarWriter, name string, l Layer, lim layer.Limits, m *meter) error {
 	ra, err := k.ReaderAt(ctx, l.Blob)
 	if err != nil {
 		return err
 	}
 	defer ra.Close()
-	size, err := plainSize(ctx, ra)
+	size, err := plainSize(ctx, ra, lim)
 	if err != nil {
 		return fmt.Errorf("blob %s: %w", l.Blob.Digest, err)
 	}
 	blob := io.NewSectionReader(ra, 0, ra.Size())
-	br, err := layer.NewBlobReader(blob, layer.Blob{Digest: l.Blob.Digest, Size: l.Blob.Size, DiffID: l.DiffID})
+	br, err := layer.NewBlobReader(blob, layer.Blob{Digest: l.Blob.Digest, Size: l.Blob.Size, DiffID: l.DiffID}, lim)
 	if err != nil {
 		return fmt.Errorf("blob %s: %w", l.Blob.Digest, err)
 	}
@@ -173,8 +173,8 @@ func (k *sink) writePlain(ctx context.Context, t *tarWriter, name string, l Laye
 }
 
 // plainSize returns the uncompressed length of a blob.
-func plainSize(ctx context.Context, ra content.ReaderAt) (int64, error) {
-	r, comp, err := layer.Decompress(ctxReader{ctx, io.NewSectionReader(ra, 0, ra.Size())})
+func plainSize(ctx context.Context, ra content.ReaderAt, lim layer.Limits) (int64, error) {
+	r, comp, err := layer.Decompress(ctxReader{ctx, io.NewSectionReader(ra, 0, ra.Size())}, lim)
 	if err != nil {
 		return 0, err
 	}

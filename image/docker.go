@@ -40,7 +40,11 @@ func parseDockerManifest(b []byte, lim Limits) ([]dockerImage, error) {
 	if over(len(list), lim.Manifests) {
 		return nil, fmt.Errorf("%s: %d images, more than %d: %w", dockerManifest, len(list), lim.Manifests, errdefs.ErrResourceExhausted)
 	}
+	names := 0
 	for _, d := range list {
+		if names += len(d.RepoTags); over(names, lim.Manifests) {
+			return nil, fmt.Errorf("%s: more than %d names of images: %w", dockerManifest, lim.Manifests, errdefs.ErrResourceExhausted)
+		}
 		if over(len(d.Layers), lim.Layers) {
 			return nil, fmt.Errorf("%s: %d layers, more than %d: %w", dockerManifest, len(d.Layers), lim.Layers, errdefs.ErrResourceExhausted)
 		}
@@ -62,14 +66,42 @@ type dockerArchive struct {
 	index ocispec.Index
 	docs  map[digest.Digest][]byte // configs and made manifests
 	files map[digest.Digest]entry  // layers
+
+	// What few bytes name many times over is dealt with once: by the file's name
+	// in the archive, the digest of its bytes, and that of the tar in it.
+	sums, diffs map[string]digest.Digest
+	read        int64 // bytes of documents, read or made, each time
+	unpacked    int64 // bytes that layers were decompressed to
+}
+
+// maxDocuments is how many documents of the largest size an archive may make
+// this package read or keep.
+const maxDocuments = 16
+
+// spend counts bytes of documents.
+func (d *dockerArchive) spend(b []byte) error {
+	if d.read += int64(len(b)); over(d.read, d.lim.Document*maxDocuments) {
+		return fmt.Errorf("documents of more than %d bytes in all: %w", d.lim.Document*maxDocuments, errdefs.ErrResourceExhausted)
+	}
+	return nil
+}
+
+// document reads a JSON document of the archive.
+func (d *dockerArchive) document(name string) ([]byte, error) {
+	b, err := d.readFile(name, d.lim.Document)
+	if err != nil {
+		return nil, err
+	}
+	return b, d.spend(b)
 }
 
 func newDockerArchive(ctx context.Context, a *archive, lim Limits) (*dockerArchive, error) {
-	d := &dockerArchive{archive: a, lim: lim, docs: map[digest.Digest][]byte{}, files: map[digest.Digest]entry{}}
+	d := &dockerArchive{archive: a, lim: lim, docs: map[digest.Digest][]byte{}, files: map[digest.Digest]entry{},
+		sums: map[string]digest.Digest{}, diffs: map[string]digest.Digest{}}
 	if !a.has(dockerManifest) {
 		return d, d.addLegacy(ctx)
 	}
-	b, err := a.readFile(dockerManifest, lim.Document)
+	b, err := d.document(dockerManifest)
 	if err != nil {
 		return nil, err
 	}
@@ -87,7 +119,7 @@ func newDockerArchive(ctx context.Context, a *archive, lim Limits) (*dockerArchi
 
 // add makes the OCI form of one image.
 func (d *dockerArchive) add(ctx context.Context, img dockerImage) error {
-	b, err := d.readFile(img.Config, d.lim.Document)
+	b, err := d.document(img.Config)
 	if err != nil {
 		return err
 	}
@@ -121,6 +153,9 @@ func (d *dockerArchive) addManifest(config []byte, layers []ocispec.Descriptor, 
 	if err != nil {
 		return err
 	}
+	if err := d.spend(b); err != nil {
+		return err
+	}
 	desc := d.addDoc(ocispec.MediaTypeImageManifest, b)
 	if len(names) == 0 {
 		d.index.Manifests = append(d.index.Manifests, desc)
@@ -142,7 +177,7 @@ func (d *dockerArchive) addDoc(mediaType string, b []byte) ocispec.Descriptor {
 // layer returns the descriptor of a layer in the archive. Of a plain one the
 // digest is the DiffID, verified when it is copied; a compressed one is hashed.
 func (d *dockerArchive) layer(ctx context.Context, name string, diffID digest.Digest) (ocispec.Descriptor, error) {
-	e, err := d.lookup(name)
+	file, e, err := d.resolve(name)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
@@ -153,7 +188,7 @@ func (d *dockerArchive) layer(ctx context.Context, name string, diffID digest.Di
 	desc := ocispec.Descriptor{MediaType: layer.MediaType(comp), Digest: diffID, Size: e.size}
 	switch {
 	case comp != layer.None:
-		desc.Digest, err = d.hash(ctx, e)
+		desc.Digest, err = once(d.sums, file, func() (digest.Digest, error) { return d.hash(ctx, e) })
 	case e.digest != "" && e.digest != diffID:
 		err = wrongDigest(diffID, e.digest)
 	}
@@ -169,6 +204,18 @@ func (d *dockerArchive) sniff(e entry) (layer.Compression, error) {
 	}
 	defer ra.Close()
 	return sniff(ra)
+}
+
+// once is what f says of key, asked once.
+func once(known map[string]digest.Digest, key string, f func() (digest.Digest, error)) (digest.Digest, error) {
+	if d, ok := known[key]; ok {
+		return d, nil
+	}
+	d, err := f()
+	if err == nil {
+		known[key] = d
+	}
+	return d, err
 }
 
 // hash returns the digest of an entry as it is.
@@ -203,7 +250,7 @@ func (d *dockerArchive) adopt(dg digest.Digest, size int64) string {
 // sniff tells how a file is compressed by its first bytes, and refuses what no
 // layer is compressed with by name.
 func sniff(r io.ReaderAt) (layer.Compression, error) {
-	z, comp, err := layer.Decompress(io.NewSectionReader(r, 0, 4<<10))
+	z, comp, err := layer.Decompress(io.NewSectionReader(r, 0, 4<<10), layer.Limits{})
 	if err != nil {
 		return "", err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"time"
@@ -33,7 +34,7 @@ type legacyLayer struct {
 
 // addLegacy reads an archive that has `repositories` and no manifest.json.
 func (d *dockerArchive) addLegacy(ctx context.Context) error {
-	b, err := d.readFile(dockerRepositories, d.lim.Document)
+	b, err := d.document(dockerRepositories)
 	if err != nil {
 		return err
 	}
@@ -43,6 +44,9 @@ func (d *dockerArchive) addLegacy(ctx context.Context) error {
 	}
 	for _, repo := range slices.Sorted(maps.Keys(repos)) {
 		for _, tag := range slices.Sorted(maps.Keys(repos[repo])) {
+			if over(len(d.index.Manifests)+1, d.lim.Manifests) {
+				return fmt.Errorf("%s: more than %d names of images: %w", dockerRepositories, d.lim.Manifests, errdefs.ErrResourceExhausted)
+			}
 			name := repo + ":" + tag
 			if err := d.addLegacyImage(ctx, name, repos[repo][tag]); err != nil {
 				return fmt.Errorf("%s: %w", name, err)
@@ -88,7 +92,7 @@ func (d *dockerArchive) legacyChain(id string) ([]legacyLayer, error) {
 		if over(len(chain)+1, d.lim.Layers) {
 			return nil, fmt.Errorf("more than %d layers: %w", d.lim.Layers, errdefs.ErrResourceExhausted)
 		}
-		b, err := d.readFile(id+"/"+dockerLegacyJSON, d.lim.Document)
+		b, err := d.document(id + "/" + dockerLegacyJSON)
 		if err != nil {
 			return nil, err
 		}
@@ -106,21 +110,32 @@ func (d *dockerArchive) legacyChain(id string) ([]legacyLayer, error) {
 // legacyDiffID hashes a layer's uncompressed bytes: nothing else says what they
 // should be.
 func (d *dockerArchive) legacyDiffID(ctx context.Context, file string) (digest.Digest, error) {
-	e, err := d.lookup(file)
+	name, e, err := d.resolve(file)
 	if err != nil {
 		return "", err
 	}
+	return once(d.diffs, name, func() (digest.Digest, error) { return d.diffID(ctx, file, e) })
+}
+
+func (d *dockerArchive) diffID(ctx context.Context, file string, e entry) (digest.Digest, error) {
 	ra, err := d.open(e)
 	if err != nil {
 		return "", err
 	}
 	defer ra.Close()
-	r, _, err := layer.Decompress(ctxReader{ctx, content.NewReader(ra)})
+	r, _, err := layer.Decompress(ctxReader{ctx, content.NewReader(ra)}, d.lim.archive())
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", file, err)
 	}
 	defer r.Close()
-	diffID, err := digest.FromReader(r)
+	var in io.Reader = &progressReader{r, func(n int64) { d.unpacked += n }}
+	if d.lim.Size >= 0 {
+		in = io.LimitReader(in, d.lim.Size-d.unpacked+1)
+	}
+	diffID, err := digest.FromReader(in)
+	if err == nil && over(d.unpacked, d.lim.Size) {
+		err = fmt.Errorf("layers of more than %d bytes in all: %w", d.lim.Size, errdefs.ErrResourceExhausted)
+	}
 	if err != nil {
 		return "", fmt.Errorf("%s: %w", file, err)
 	}

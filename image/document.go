@@ -29,6 +29,7 @@ type Limits struct {
 	Layers    int   // layers of one image: 1,000
 	Entries   int   // entries of one archive: 100,000
 	Size      int64 // uncompressed bytes of one archive: 1 TiB
+	Window    int64 // memory for zstd of a compressed archive: as layer.Limits has it
 }
 
 func (l Limits) withDefaults() Limits {
@@ -40,6 +41,9 @@ func (l Limits) withDefaults() Limits {
 	set(&l.Size, 1<<40)
 	return l
 }
+
+// archive are the limits of what is decompressed here.
+func (l Limits) archive() layer.Limits { return layer.Limits{Window: l.Window} }
 
 func set[T int | int64](v *T, def T) {
 	if *v == 0 {

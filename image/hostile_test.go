@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -329,6 +330,83 @@ var badArchives = []struct {
 	{"legacy layer that is its own parent", func(t *testing.T, l *testimage.Layout, std testimage.Image) []byte {
 		return testimage.TarFiles(t, map[string][]byte{"repositories": []byte(`{"a":{"b":"x"}}`), "x/json": []byte(`{"parent":"y"}`), "y/json": []byte(`{"parent":"x"}`)})
 	}, errdefs.IsInvalidArgument, "its own ancestor", image.Limits{}},
+	{"names that fill the memory", func(t *testing.T, l *testimage.Layout, _ testimage.Image) []byte {
+		var entries testimage.Layer
+		for i := range 40 {
+			entries = append(entries, testimage.File(strings.Repeat("n", 1000)+fmt.Sprint(i), ""))
+		}
+		return entries.Tar(t)
+	}, errdefs.IsResourceExhausted, "names of more than 32000 bytes", image.Limits{Entries: 100}},
+	{"docker image of too many names", func(t *testing.T, l *testimage.Layout, std testimage.Image) []byte {
+		return dockerWith(t, std, func(m map[string]any) { m["RepoTags"] = slices.Repeat([]string{"a:b"}, 1001) })
+	}, errdefs.IsResourceExhausted, "more than 1000 names", image.Limits{}},
+	{"one docker image over and over", func(t *testing.T, l *testimage.Layout, std testimage.Image) []byte {
+		files := untar(t, std.DockerTar(t, testimage.Docker{}))
+		var m []map[string]any
+		if err := json.Unmarshal(files["manifest.json"], &m); err != nil {
+			t.Fatal(err)
+		}
+		config := m[0]["Config"].(string)
+		files[config] = append(files[config], bytes.Repeat([]byte(" "), 20<<10)...)
+		files["manifest.json"], _ = json.Marshal(slices.Repeat(m, 60))
+		return testimage.TarFiles(t, files)
+	}, errdefs.IsResourceExhausted, "documents of more than 524288 bytes", image.Limits{Document: 32 << 10}},
+	{"legacy image of too many names", func(t *testing.T, l *testimage.Layout, std testimage.Image) []byte {
+		files := untar(t, std.DockerTar(t, testimage.Docker{Legacy: true, Tags: []string{"a:b"}}))
+		files["repositories"] = bytes.Replace(files["repositories"], []byte(`"b":`), []byte(`"c":"x","d":"x","b":`), 1)
+		return testimage.TarFiles(t, files)
+	}, errdefs.IsResourceExhausted, "more than 1 names", image.Limits{Manifests: 1}},
+	{"legacy layers that explode", func(t *testing.T, l *testimage.Layout, std testimage.Image) []byte {
+		bomb := testimage.Compress(t, make([]byte, 1<<20), "gzip")
+		return testimage.TarFiles(t, map[string][]byte{"repositories": []byte(`{"a":{"b":"x"}}`),
+			"x/json": []byte(`{"parent":"y"}`), "y/json": []byte(`{}`), "x/layer.tar": bomb, "y/layer.tar": bomb})
+	}, errdefs.IsResourceExhausted, "layers of more than 1500000 bytes", image.Limits{Size: 1_500_000}},
+	{"docker layer through a link that leads out", func(t *testing.T, l *testimage.Layout, std testimage.Image) []byte {
+		return linkedLayer(t, std, testimage.Symlink("l/layer.tar", "../../shadow"))
+	}, errdefs.IsInvalidArgument, `"l/layer.tar"`, image.Limits{}},
+	{"docker layer through an absolute link", func(t *testing.T, l *testimage.Layout, std testimage.Image) []byte {
+		return linkedLayer(t, std, testimage.Symlink("l/layer.tar", "/etc/passwd"))
+	}, errdefs.IsNotFound, "l/layer.tar", image.Limits{}},
+	{"docker layer through links in a circle", func(t *testing.T, l *testimage.Layout, std testimage.Image) []byte {
+		return linkedLayer(t, std, testimage.Symlink("l/layer.tar", "../m/layer.tar"), testimage.Symlink("m/layer.tar", "../l/layer.tar"))
+	}, errdefs.IsInvalidArgument, "links", image.Limits{}},
+	{"docker layer that is a directory", func(t *testing.T, l *testimage.Layout, std testimage.Image) []byte {
+		return linkedLayer(t, std, testimage.Dir("l/layer.tar"))
+	}, errdefs.IsNotFound, "l/layer.tar", image.Limits{}},
+}
+
+// linkedLayer is a docker-archive whose second layer is l/layer.tar, which the
+// entries make.
+func linkedLayer(t *testing.T, std testimage.Image, entries ...testimage.Entry) []byte {
+	b := dockerWith(t, std, func(m map[string]any) { m["Layers"].([]any)[1] = "l/layer.tar" })
+	var all testimage.Layer
+	for name, b := range untar(t, b) {
+		all = append(all, testimage.File(name, string(b)))
+	}
+	return append(all, entries...).Tar(t)
+}
+
+// TestDockerLayersByLink: old docker saves a layer that it has already saved as a
+// symlink; a hard link is the same file, too, and may come before it.
+func TestDockerLayersByLink(t *testing.T) {
+	l := testimage.NewLayout()
+	std := l.AddImage(t, testimage.Platform, testimage.Layers(t))
+	layer := testimage.File("other/layer.tar", string(std.Tars[1]))
+	for name, entries := range map[string][]testimage.Entry{
+		"symlink":            {layer, testimage.Symlink("l/layer.tar", "../other/layer.tar")},
+		"link of a link":     {testimage.Symlink("l/layer.tar", "/k"), layer, testimage.Symlink("k", "./other/layer.tar")},
+		"hard link":          {layer, testimage.Hardlink("l/layer.tar", "other/layer.tar")},
+		"hard link, forward": {testimage.Hardlink("l/layer.tar", "./other/layer.tar"), layer},
+	} {
+		s := newStore(t)
+		b := linkedLayer(t, std, entries...)
+		if _, err := s.Load(t.Context(), testimage.TempFile(t, b), image.LoadOptions{}); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if _, err := newStore(t).LoadFrom(t.Context(), bytes.NewReader(b), image.LoadOptions{}); err != nil {
+			t.Errorf("%s, stream: %v", name, err)
+		}
+	}
 }
 
 func withEntry(t *testing.T, l *testimage.Layout, e testimage.Entry) []byte {

@@ -58,6 +58,9 @@ type SaveOptions struct {
 	Created time.Time
 	// CreatedBy and Author stand in the history of layers that no base has.
 	CreatedBy, Author string
+	// Window is how much memory a zstd layer may ask for that a docker-archive has
+	// to be given uncompressed; see layer.Limits.
+	Window int64
 	// Snapshots is where Save finds the layers of an image whose blobs were
 	// dropped, unpacked; nil makes that an error.
 	Snapshots Snapshots

@@ -104,7 +104,7 @@ func (s *Store) streamSource(ctx context.Context, r io.Reader, lim Limits) (*sou
 }
 
 func spoolSource(ctx context.Context, r io.Reader, dir string, lim Limits, remove func() error) (*source, error) {
-	plain, _, err := layer.Decompress(ctxReader{ctx, r})
+	plain, _, err := layer.Decompress(ctxReader{ctx, r}, lim.archive())
 	if err != nil {
 		return nil, err
 	}

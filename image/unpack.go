@@ -219,7 +219,7 @@ func (s *Store) apply(ctx context.Context, view Snapshots, key string, layers []
 	}
 	m := newMeter(o.Progress, Event{Step: "unpack", Item: l.DiffID, Index: i, Count: len(layers), Total: l.Blob.Size})
 	raw := &progressReader{ctxReader{ctx, content.NewReader(ra)}, m.add}
-	br, err := layer.NewBlobReader(raw, layer.Blob{Digest: l.Blob.Digest, Size: l.Blob.Size, DiffID: l.DiffID})
+	br, err := layer.NewBlobReader(raw, layer.Blob{Digest: l.Blob.Digest, Size: l.Blob.Size, DiffID: l.DiffID}, o.Apply.Limits)
 	if err != nil {
 		return err
 	}

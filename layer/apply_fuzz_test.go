@@ -117,7 +117,7 @@ func FuzzDecompress(f *testing.F) {
 	}
 	f.Add([]byte("\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		b, err := NewBlobReader(bytes.NewReader(data), Blob{Size: int64(len(data))})
+		b, err := NewBlobReader(bytes.NewReader(data), Blob{Size: int64(len(data))}, Limits{})
 		if err != nil {
 			return
 		}

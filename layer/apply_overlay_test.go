@@ -288,7 +288,7 @@ func (s *stack) applyListed(dir string, data []byte, o ApplyOptions) (string, er
 	if _, cerr := o.Listing.Close(); err != nil || cerr != nil {
 		return "", errors.Join(err, cerr)
 	}
-	r, _, err := Decompress(&out)
+	r, _, err := Decompress(&out, Limits{})
 	if err != nil {
 		s.t.Fatal(err)
 	}

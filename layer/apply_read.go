@@ -200,7 +200,7 @@ func quoteName(name string) string {
 // entry checks one header and hands it on with its content.
 func (a *archive) entry(h *tar.Header, begin int64) error {
 	a.entries++
-	if err := within(a.entries, a.lim.Entries, "entries"); err != nil {
+	if err := within("Entries", a.entries, a.lim.Entries, "entries"); err != nil {
 		return err
 	}
 	if h.Typeflag == tar.TypeXGlobalHeader {
@@ -267,15 +267,15 @@ func (a *archive) checkSizes(h *tar.Header) error {
 		pax += len(k) + len(v)
 	}
 	err := cmp.Or(
-		within(len(h.Name), a.lim.PathBytes, "bytes of the name"),
-		within(len(h.Linkname), a.lim.PathBytes, "bytes of the link name"),
-		within(depth(h.Name), a.lim.Depth, "components of the name"),
-		within(h.Size, a.lim.FileSize, "bytes of the file"),
-		within(pax, a.lim.PAXBytes, "bytes of PAX records"),
+		within("PathBytes", len(h.Name), a.lim.PathBytes, "bytes of the name"),
+		within("PathBytes", len(h.Linkname), a.lim.PathBytes, "bytes of the link name"),
+		within("Depth", depth(h.Name), a.lim.Depth, "components of the name"),
+		within("FileSize", h.Size, a.lim.FileSize, "bytes of the file"),
+		within("PAXBytes", pax, a.lim.PAXBytes, "bytes of PAX records"),
 	)
 	if err == nil && isSparse(h) {
 		a.sparse += h.Size
-		err = within(a.sparse, a.lim.Sparse, "bytes of sparse files")
+		err = within("Sparse", a.sparse, a.lim.Sparse, "bytes of sparse files")
 	}
 	return err
 }
@@ -396,13 +396,13 @@ func (a *archive) xattrs(pax map[string]string) ([]xattr, error) {
 		if name == "" || !keepXattr(name) || name == a.noKeep {
 			continue
 		}
-		if err := within(len(value), a.lim.XattrSize, "bytes of xattr "+quoteName(name)); err != nil {
+		if err := within("XattrSize", len(value), a.lim.XattrSize, "bytes of xattr "+quoteName(name)); err != nil {
 			return nil, err
 		}
 		all = append(all, xattr{name, value})
 	}
 	slices.SortFunc(all, func(x, y xattr) int { return strings.Compare(x.name, y.name) })
-	return all, within(len(all), a.lim.Xattrs, "xattrs")
+	return all, within("Xattrs", len(all), a.lim.Xattrs, "xattrs")
 }
 
 // paxXattr is the xattr that one PAX record holds; name "" if it holds none.

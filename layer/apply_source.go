@@ -164,7 +164,7 @@ func (m *meter) Read(p []byte) (int, error) {
 		m.told = m.n
 		m.progress(m.n)
 	}
-	if lerr := within(m.n, m.limit, "bytes of the layer"); lerr != nil {
+	if lerr := within("Size", m.n, m.limit, "bytes of the layer"); lerr != nil {
 		return n, lerr
 	}
 	return n, err

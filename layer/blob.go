@@ -33,7 +33,7 @@ type BlobReader struct {
 // NewBlobReader begins to read the blob r. It reads the first bytes, to find the
 // compression; see Decompress. A digest that is malformed or of an unknown
 // algorithm wraps ErrInvalidArgument.
-func NewBlobReader(r io.Reader, want Blob) (*BlobReader, error) {
+func NewBlobReader(r io.Reader, want Blob, lim Limits) (*BlobReader, error) {
 	for _, d := range []digest.Digest{want.Digest, want.DiffID} {
 		if d == "" {
 			continue
@@ -44,7 +44,7 @@ func NewBlobReader(r io.Reader, want Blob) (*BlobReader, error) {
 	}
 	b := &BlobReader{want: want, in: &blobInput{r: r, limit: want.Size}}
 	b.in.hash = algorithm(want.Digest).Hash()
-	out, c, err := Decompress(b.in)
+	out, c, err := Decompress(b.in, lim)
 	if err != nil {
 		return nil, err
 	}

@@ -89,7 +89,7 @@ func TestDecompress(t *testing.T) {
 		{"a tar whose first name begins like bzip2", newTar().file("BZh91AY", "").bytes(), None},
 	} {
 		for _, in := range []io.Reader{bytes.NewReader(c.blob), iotest.OneByteReader(bytes.NewReader(c.blob))} {
-			r, got, err := Decompress(in)
+			r, got, err := Decompress(in, Limits{})
 			if err != nil || got != c.want {
 				t.Errorf("%s: %s, %v", c.name, got, err)
 				continue
@@ -103,11 +103,11 @@ func TestDecompress(t *testing.T) {
 			}
 		}
 	}
-	if r, c, err := Decompress(strings.NewReader("")); err != nil || c != None {
+	if r, c, err := Decompress(strings.NewReader(""), Limits{}); err != nil || c != None {
 		t.Errorf("nothing: %v %s %v", r, c, err)
 	}
 	for name, begin := range map[string]string{"xz": "\xfd7zXZ\x00\x00", "bzip2": "BZh91AY&SY", "zip": "PK\x03\x04", "lz4": "\x04\x22\x4d\x18", "compress": "\x1f\x9d\x90"} {
-		_, _, err := Decompress(strings.NewReader(begin + strings.Repeat("x", 600)))
+		_, _, err := Decompress(strings.NewReader(begin+strings.Repeat("x", 600)), Limits{})
 		if !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), name) {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -133,7 +133,7 @@ func TestDecompressCorrupt(t *testing.T) {
 			}
 			flipped := bytes.Clone(blob)
 			flipped[n] ^= 0x40
-			if r, got, err := Decompress(bytes.NewReader(flipped)); err == nil {
+			if r, got, err := Decompress(bytes.NewReader(flipped), Limits{}); err == nil {
 				b, err := io.ReadAll(r)
 				if err == nil && got == c && !bytes.Equal(b, tarball) {
 					t.Errorf("%s flipped at %d: other data and no error", c, n)
@@ -144,7 +144,7 @@ func TestDecompressCorrupt(t *testing.T) {
 }
 
 func drain(blob io.Reader) error {
-	r, _, err := Decompress(blob)
+	r, _, err := Decompress(blob, Limits{})
 	if err != nil {
 		return err
 	}
@@ -172,7 +172,7 @@ func TestBlobReader(t *testing.T) {
 			{Blob{sum, size + 1, diffID}, []string{fmt.Sprintf("%d bytes, expected %d", size, size+1)}},
 			{Blob{sum, size - 1, diffID}, []string{fmt.Sprintf("more than the expected %d bytes", size-1)}},
 		} {
-			b, err := NewBlobReader(bytes.NewReader(blob), w.want)
+			b, err := NewBlobReader(bytes.NewReader(blob), w.want, Limits{})
 			var got []byte
 			if err == nil {
 				got, err = io.ReadAll(b)
@@ -200,7 +200,7 @@ func TestBlobReader(t *testing.T) {
 		}
 	}
 	for _, w := range []Blob{{Digest: "sha256:zz"}, {DiffID: "md5:00"}} {
-		if _, err := NewBlobReader(bytes.NewReader(tarball), w); !errdefs.IsInvalidArgument(err) {
+		if _, err := NewBlobReader(bytes.NewReader(tarball), w, Limits{}); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%v: %v", w, err)
 		}
 	}
@@ -235,7 +235,7 @@ func TestApplyBlob(t *testing.T) {
 }
 
 func applyBlob(t testing.TB, dir string, blob []byte, want Blob) error {
-	b, err := NewBlobReader(bytes.NewReader(blob), want)
+	b, err := NewBlobReader(bytes.NewReader(blob), want, Limits{})
 	if err != nil {
 		return err
 	}

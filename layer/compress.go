@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/gzip"
@@ -77,9 +78,8 @@ func detect(begin []byte) (c Compression, name string) {
 	return None, "tar"
 }
 
-// maxWindow bounds the memory that a zstd frame may ask for, in bytes: what
-// `zstd --ultra -22` writes and zstd(1) reads without being told to.
-const maxWindow = 128 << 20
+// mostWindow is the largest window that the format has (RFC 8878, 3.1.1.1.2).
+const mostWindow = 1<<41 + 7<<38
 
 // readBuffer is how much is read of a blob at a time.
 const readBuffer = 128 << 10
@@ -87,9 +87,10 @@ const readBuffer = 128 << 10
 // Decompress finds out by its first bytes how r is compressed and returns the
 // uncompressed stream. Streams that follow one another (gzip members, zstd
 // frames) are one. Another compression wraps ErrNotImplemented and is named; a
-// corrupt stream wraps ErrDataLoss when it is read. Closing frees buffers and
+// corrupt stream wraps ErrDataLoss when it is read, and a window above lim.Window
+// is a *LimitError then; the other limits are Apply's. Closing frees buffers and
 // does not close r.
-func Decompress(r io.Reader) (io.ReadCloser, Compression, error) {
+func Decompress(r io.Reader, lim Limits) (io.ReadCloser, Compression, error) {
 	src := &source{r: r}
 	in := bufio.NewReaderSize(src, readBuffer)
 	begin, err := in.Peek(blockSize)
@@ -98,6 +99,7 @@ func Decompress(r io.Reader) (io.ReadCloser, Compression, error) {
 	}
 	c, name := detect(begin)
 	d := &decompressor{src: src, name: name}
+	src.window, src.most = firstWindow(begin), lim.orDefaults().Window
 	switch c {
 	case None:
 		return io.NopCloser(in), None, nil
@@ -109,7 +111,7 @@ func Decompress(r io.Reader) (io.ReadCloser, Compression, error) {
 		d.r, d.close = z, z.Close
 		return d, Gzip, nil
 	case Zstd:
-		z, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+		z, err := zstd.NewReader(in, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(decoderWindow(src.most)))
 		if err != nil {
 			return nil, "", fmt.Errorf("layer: decompress: %w", src.blame(name, err))
 		}
@@ -117,6 +119,28 @@ func Decompress(r io.Reader) (io.ReadCloser, Compression, error) {
 		return d, Zstd, nil
 	}
 	return nil, "", fmt.Errorf("layer: decompress: %s is no compression of layers (gzip, zstd): %w", name, errdefs.ErrNotImplemented)
+}
+
+// decoderWindow is a limit as the decoder takes it.
+func decoderWindow(most int64) uint64 {
+	if most < 0 {
+		return mostWindow
+	}
+	return uint64(min(max(most, zstd.MinWindowSize), mostWindow))
+}
+
+// firstWindow returns the window of the first zstd frame, if begin shows it, for
+// what a refusal says; else 0.
+func firstWindow(begin []byte) int64 {
+	var h zstd.Header
+	if err := h.Decode(begin); err != nil || h.Skippable {
+		return 0
+	}
+	window := h.WindowSize
+	if h.SingleSegment {
+		window = h.FrameContentSize // the frame is its own window
+	}
+	return int64(min(window, math.MaxInt64))
 }
 
 // decompressor names its errors.
@@ -139,8 +163,10 @@ func (d *decompressor) Close() error { return d.close() }
 
 // source remembers how the stream below a decoder failed.
 type source struct {
-	r   io.Reader
-	err error
+	r      io.Reader
+	err    error
+	window int64 // of the first zstd frame, if known
+	most   int64 // that a window may be
 }
 
 func (s *source) Read(p []byte) (int, error) {
@@ -157,8 +183,12 @@ func (s *source) blame(name string, err error) error {
 	switch {
 	case s.err != nil:
 		return s.err
-	case errors.Is(err, zstd.ErrWindowSizeExceeded):
-		return fmt.Errorf("%s: %w (limit %d bytes): %w", name, err, maxWindow, errdefs.ErrResourceExhausted)
+	case errors.Is(err, zstd.ErrWindowSizeExceeded), errors.Is(err, zstd.ErrDecoderSizeExceeded):
+		tooLarge := &LimitError{Limit: "Window", What: "bytes of memory for the window of a frame", Most: s.most}
+		if s.window > s.most { // else it was a later frame's
+			tooLarge.N = s.window
+		}
+		return fmt.Errorf("%s: %w", name, tooLarge)
 	case errors.Is(err, io.EOF):
 		err = io.ErrUnexpectedEOF
 	}

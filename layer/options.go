@@ -27,6 +27,11 @@ type Limits struct {
 	Xattrs    int   // xattrs of one entry: 256
 	PAXBytes  int   // bytes of one entry's PAX records: 1 MiB, which -1 cannot raise
 	Sparse    int64 // apparent bytes of all sparse entries, whose holes cost an archive nothing: 64 GiB
+	// Window is how many bytes of memory a zstd frame may ask for: 32 MiB, which
+	// every encoder stays within that is not told otherwise (zstd(1) up to --ultra
+	// -20). Decompress and NewBlobReader take it; with GOMEMLIMIT=48MiB a whole
+	// Apply stays below 64 MiB.
+	Window int64
 }
 
 // ApplyOptions say how a layer is unpacked. The zero value unpacks onto a

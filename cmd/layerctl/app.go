@@ -17,6 +17,7 @@ import (
 	"github.com/layerctl/layerctl"
 	"github.com/layerctl/layerctl/image"
 	"github.com/layerctl/layerctl/internal/userns"
+	"github.com/layerctl/layerctl/layer"
 	"github.com/layerctl/layerctl/snapshot"
 )
 
@@ -33,7 +34,8 @@ type app struct {
 	volatile bool
 
 	importOptions importOptions
-	mayMake       bool // the verb makes the store where there is none
+	limits        layer.Limits // --limit
+	mayMake       bool         // the verb makes the store where there is none
 
 	in       io.Reader
 	out, err io.Writer

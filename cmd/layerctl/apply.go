@@ -29,7 +29,7 @@ error a writable snapshot may hold part of the layer; a new one is not made.`,
 	})
 	c.Flags().StringVar(&parent, "parent", "", "the snapshot below a new one")
 	_ = c.RegisterFlagCompletionFunc("parent", a.completeNames(0, snapshots.KindCommitted))
-	return c
+	return a.limited(c)
 }
 
 // completeSecond completes files first and then as f does.

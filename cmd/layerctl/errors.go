@@ -79,6 +79,8 @@ func hint(err error) string {
 	switch {
 	case errors.As(err, &h):
 		return h.hint
+	case limitHint(err) != "":
+		return limitHint(err)
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		return "make room (`layerctl rm`, `layerctl gc`) and try again"
 	case errors.Is(err, syscall.EROFS):

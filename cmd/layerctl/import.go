@@ -47,7 +47,7 @@ back.`,
 	c.Flags().BoolVarP(&o.oneFileSystem, "one-file-system", "x", false, "leave out what is mounted below the directory")
 	c.Flags().BoolVar(&o.skipWhiteouts, "skip-whiteout-names", false, "leave out names beginning with .wh. instead of refusing them")
 	c.Flags().StringToStringVar(&o.labels, "label", nil, "labels of the snapshot")
-	return c
+	return a.limited(c)
 }
 
 func (a *app) runImport(ctx context.Context, src, name string, o importOptions) error {
@@ -169,7 +169,7 @@ func (a *app) applySource(ctx context.Context, v *snapshot.View, key string, s *
 	stop := context.AfterFunc(ctx, func() { w.CloseWithError(context.Cause(ctx)) })
 	defer stop()
 	go func() { w.CloseWithError(s.write(ctx, w)) }()
-	err := v.Apply(ctx, key, r, layer.ApplyOptions{Volatile: a.volatile, Skipped: left.add})
+	err := v.Apply(ctx, key, r, layer.ApplyOptions{Volatile: a.volatile, Limits: a.limits, Skipped: left.add})
 	if err == nil {
 		// What comes after the tar's end is read as well: a compressor's checksum,
 		// and a writer at the other end of a pipe that must not die of us.
@@ -227,7 +227,7 @@ func (a *app) feed(ctx context.Context, c *userns.Command, args []string) {
 func (a *app) openSource(src string, o importOptions, left *leftOut) (*source, error) {
 	if os.Getenv(envFed) != "" {
 		a.progress = "none" // the feeder shows it
-		return tarSource(io.NopCloser(a.in), 0), nil
+		return a.tarSource(io.NopCloser(a.in), 0), nil
 	}
 	if st, err := os.Stat(src); src != "-" && err == nil && st.IsDir() {
 		return a.treeSource(src, o, left)
@@ -241,7 +241,7 @@ func (a *app) openTar(src string) (*source, error) {
 		if isTerminal(a.in) {
 			return nil, hintf(fmt.Errorf("standard input is a terminal: %w", errdefs.ErrInvalidArgument), "pipe a tar in")
 		}
-		return tarSource(io.NopCloser(a.in), 0), nil
+		return a.tarSource(io.NopCloser(a.in), 0), nil
 	}
 	f, err := os.Open(src)
 	if err != nil {
@@ -251,14 +251,14 @@ func (a *app) openTar(src string) (*source, error) {
 	if st, err := f.Stat(); err == nil && st.Mode().IsRegular() {
 		total = st.Size()
 	}
-	return tarSource(f, total), nil
+	return a.tarSource(f, total), nil
 }
 
 // tarSource reads a tar, compressed or not.
-func tarSource(f io.ReadCloser, total int64) *source {
+func (a *app) tarSource(f io.ReadCloser, total int64) *source {
 	s := &source{total: total, close: f.Close}
 	s.write = func(ctx context.Context, w io.Writer) error {
-		r, _, err := layer.Decompress(s.progress.Reader(f))
+		r, _, err := layer.Decompress(s.progress.Reader(f), a.limits)
 		if err != nil {
 			return err
 		}

@@ -39,7 +39,7 @@ image is printed. The blobs are kept, so that save gives the same digests.`,
 	f.StringVar(&o.platform, "platform", "", "of images for several (default: this machine's)")
 	f.BoolVar(&o.noUnpack, "no-unpack", false, "keep the blobs only")
 	f.BoolVar(&o.dropBlobs, "drop-blobs", false, "do not keep the layer blobs; save makes them anew, with other digests")
-	return c
+	return a.limited(c)
 }
 
 func (a *app) load(ctx context.Context, src string, o loadOptions) error {
@@ -74,7 +74,8 @@ func (a *app) load(ctx context.Context, src string, o loadOptions) error {
 func (a *app) loadBlobs(ctx context.Context, s *image.Store, src string, o loadOptions) (image.LoadResult, error) {
 	p := a.startProgress("load", 0)
 	defer p.Stop()
-	lo := image.LoadOptions{Name: o.name, Select: o.only, Platform: o.platform, Progress: p.event}
+	lo := image.LoadOptions{Name: o.name, Select: o.only, Platform: o.platform, Progress: p.event,
+		Limits: image.Limits{Size: a.limits.Size, Window: a.limits.Window}}
 	if src != "-" {
 		return s.Load(ctx, src, lo)
 	}
@@ -94,7 +95,8 @@ func (a *app) unpack(ctx context.Context, s *image.Store, v *snapshot.View, img 
 	p := a.startProgress("unpack", 0)
 	defer p.Stop()
 	u, err := s.Unpack(ctx, v, img, image.UnpackOptions{
-		Platform: o.platform, Volatile: a.volatile, Apply: layer.ApplyOptions{Skipped: left.add}, Progress: p.event,
+		Platform: o.platform, Volatile: a.volatile, Progress: p.event,
+		Apply: layer.ApplyOptions{Limits: a.limits, Skipped: left.add},
 	})
 	p.Stop()
 	if errdefs.IsNotFound(err) && o.platform == "" {
@@ -156,7 +158,7 @@ made of what each snapshot changes. The digest of the manifest is printed.`,
 	f.StringVar(&o.compress, "compress", "gzip", "of layers that have to be made: none, gzip or zstd")
 	_ = c.RegisterFlagCompletionFunc("type", cobra.FixedCompletions([]string{"oci", "oci-archive", "docker-archive"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = c.RegisterFlagCompletionFunc("compress", cobra.FixedCompletions([]string{"none", "gzip", "zstd"}, cobra.ShellCompDirectiveNoFileComp))
-	return c
+	return a.limited(c)
 }
 
 func (a *app) save(ctx context.Context, name string, o saveOptions) error {
@@ -181,7 +183,7 @@ func (a *app) save(ctx context.Context, name string, o saveOptions) error {
 	defer p.Stop()
 	so := image.SaveOptions{
 		Name: o.name, Platform: o.platform, Base: o.base, Compression: comp, Created: epochTime(),
-		Skipped: left.add, Progress: p.event, Snapshots: v,
+		Skipped: left.add, Progress: p.event, Snapshots: v, Window: a.limits.Window,
 	}
 	digest, size, err := saveNamed(ctx, a, s, v, name, to, so)
 	if err != nil {
