@@ -3,3 +3,9 @@ package sys
 import "unsafe"
 
 const SizeofDiskQuota = unsafe.Sizeof(fsDiskQuota{})
+
+// SetNoXattrat makes the calls take the way of kernels before 6.13, or no more.
+func SetNoXattrat(old bool) bool { return noXattrat.Swap(old) }
+
+// OldUUID is what FSUUID does before 6.9.
+func OldUUID(f *Fd) ([16]byte, bool) { return f.oldUUID() }

@@ -124,6 +124,10 @@ type Statfs struct {
 	Files      uint64
 	FilesFree  uint64
 	ReadOnly   bool // the mount or the file system
+	FragSize   int64
+	NameMax    int64
+	Fsid       [2]int32
+	Flags      int64 // ST_*
 }
 
 // Statfs describes the file system that f is on; f may be O_PATH.
@@ -146,5 +150,6 @@ func newStatfs(b *unix.Statfs_t) Statfs {
 		Blocks: b.Blocks, BlocksFree: b.Bfree, BlocksUser: b.Bavail,
 		Files: b.Files, FilesFree: b.Ffree,
 		ReadOnly: int64(b.Flags)&unix.ST_RDONLY != 0,
+		FragSize: int64(b.Frsize), NameMax: int64(b.Namelen), Fsid: b.Fsid.Val, Flags: int64(b.Flags),
 	}
 }

@@ -86,7 +86,13 @@ func statxat(dir int, name string, flags int) (Stat, error) {
 	if err := retry(func() error { return unix.Statx(dir, name, flags, statxMask, &x) }); err != nil {
 		return Stat{}, err
 	}
-	return Stat{
+	var s Stat
+	s.set(&x)
+	return s, nil
+}
+
+func (s *Stat) set(x *unix.Statx_t) {
+	*s = Stat{
 		Mask: x.Mask, Mode: uint32(x.Mode), Nlink: x.Nlink, UID: x.Uid, GID: x.Gid,
 		Ino: x.Ino, Size: int64(x.Size), Blocks: int64(x.Blocks),
 		Dev:       uint64(x.Dev_major)<<32 | uint64(x.Dev_minor),
@@ -94,5 +100,5 @@ func statxat(dir int, name string, flags int) (Stat, error) {
 		Atime: Time{x.Atime.Sec, x.Atime.Nsec}, Mtime: Time{x.Mtime.Sec, x.Mtime.Nsec},
 		Ctime: Time{x.Ctime.Sec, x.Ctime.Nsec}, Btime: Time{x.Btime.Sec, x.Btime.Nsec},
 		MountID: x.Mnt_id, Attributes: x.Attributes,
-	}, nil
+	}
 }
