@@ -6,10 +6,6 @@ import (
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
-// identify gives the fileID of the object that fd (O_PATH or not) is open on; uuid is
-// of its file system. inUpper sets the flag that handles of upper objects have.
-func identify(fd int, uuid [16]byte, inUpper bool) (*fileID, error) { return nil, syscall.ENOSYS }
-
 // openIndexed opens (O_PATH) the index entry of a lower object: -1 and nil where there
 // is none. whiteout: all its names in upper were removed.
 func (u *upper) openIndexed(id *fileID) (fd int, whiteout bool, err error) {
