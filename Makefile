@@ -11,7 +11,7 @@ ifeq ($(shell id -u),0)
 export LAYERCTL_EXPECT := root
 endif
 
-.PHONY: all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench images install man clean
+.PHONY: all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman images install man clean
 
 all: build
 
@@ -62,6 +62,26 @@ stress: ## slow: the store under eight processes and a killer, a minute a driver
 
 bench: ## the benchmarks, peers beside ours; bench/RESULTS.md says how its figures were made
 	cd bench/peers && $(GO) run . -runs 9
+
+# Suites of others, which are not in this repository: DIR is a directory in which one
+# is built, KIND is `kernel` or a program with fuse-overlayfs's command line.
+KIND ?= kernel
+suite-pjdfstest: ## slow, needs root: pjdfstest in DIR, on a union made by KIND
+	scripts/suites/pjdfstest.sh "$(DIR)" "$(KIND)" upper
+	scripts/suites/pjdfstest.sh "$(DIR)" "$(KIND)" merged
+suite-unionmount: ## slow, needs root: unionmount-testsuite in DIR
+	scripts/suites/unionmount.sh "$(DIR)" "$(KIND)"
+suite-xfstests-generic: ## slow, needs root: generic/quick of xfstests in DIR
+	scripts/suites/xfstests.sh "$(DIR)" "$(KIND)" generic
+suite-xfstests-overlay: ## slow, needs root: overlay/quick of xfstests in DIR
+	scripts/suites/xfstests.sh "$(DIR)" "$(KIND)" overlay
+suite-fsx: ## slow, needs root: fsx and fsstress of xfstests in DIR
+	scripts/suites/fsx.sh "$(DIR)" "$(KIND)" 300
+suite-stress-ng: ## slow, needs root: stress-ng's filesystem class
+	scripts/suites/stress-ng.sh "$(KIND)" 600
+suite-podman: ## slow, needs root: Podman and Buildah, as root and rootless
+	scripts/suites/podman.sh "$(KIND)" root
+	scripts/suites/podman.sh "$(KIND)" rootless
 
 images: build ## slow: a real six-layer Debian image for trials, into out/images
 	scripts/make-images.sh out/images
