@@ -17,12 +17,25 @@ import (
 )
 
 const (
-	// claimWait bounds the wait for another process that is just mounting.
+	// claimWait bounds the wait for another process that is just mounting, or a
+	// server that is just going away.
 	claimWait = 5 * time.Second
 	// goneWait bounds the wait for an upper that is in use though no namespace
 	// shows it mounted: most likely a mount that is just going away.
 	goneWait = 2 * time.Second
 )
+
+// Claim makes sure that no overlay has upper as its upperdir or work as its workdir,
+// and keeps others who ask so, and this package, from making one until release
+// is called: a server of a union file system that is not the kernel's holds its
+// claim for its life. It waits up to 5 s for another claim.
+func Claim(ctx context.Context, upper, work string) (release func(), err error) {
+	release, err = claim(ctx, &Layers{Upper: upper, Work: work})
+	if err != nil {
+		return nil, withSentinel("mount: claim", err)
+	}
+	return release, nil
+}
 
 // claim makes sure that the upper of a writable overlay is in no other mount,
 // and that none is made until release is called.
@@ -59,7 +72,7 @@ func lockDir(ctx context.Context, what, path string) (*sys.Lock, error) {
 		return !sys.IsLocked(err), err
 	})
 	if sys.IsLocked(err) {
-		return nil, fmt.Errorf("%s %s is locked: another process is mounting it: %w: %w", what, path, errdefs.ErrFailedPrecondition, err)
+		return nil, fmt.Errorf("%s %s is locked: another process mounts it, or serves it to FUSE: %w: %w", what, path, errdefs.ErrFailedPrecondition, err)
 	}
 	return lock, err
 }

@@ -28,6 +28,5 @@ func (u *upper) overWhiteout(temp string, dir int, name string, isDir bool) erro
 // makeOpaque sets xattr opaque="y" on the directory fd.
 func (u *upper) makeOpaque(fd int) error { return syscall.ENOSYS }
 
-// discard removes what is at temp in work: it is not part of the tree any more,
-// so that an error is only logged.
-func (u *upper) discard(temp string, isDir bool) {}
+// sharedWhiteout is the whiteout in work whose links all others are.
+type sharedWhiteout struct{}
