@@ -28,14 +28,26 @@
 //
 // In this order; a call takes no earlier one while it holds a later one:
 //
-//	FS.tree       (RW) where directories are: written by a rename or removal of a
-//	              directory, read by whoever walks from a directory to its root
-//	Node.change   of directories, ancestors first, else by Node.ID; then of other
-//	              nodes by ID: held by who changes names in a directory, or copies
-//	              a node up, while it does so; I/O happens under it
-//	Node.mu       fields of a node; no I/O under it but that of opening a directory
+//	FS.renames    one rename between two directories at a time, so that which of
+//	              two directories is in the other stays so
+//	Node.change   of directories, ancestors first (two that are not, by Node.ID,
+//	              under FS.renames alone); then of what is in them, by ID: held by
+//	              who changes names in a directory, or a node, or copies it up, while
+//	              it does so; I/O happens under it. A file in the upper keeps its
+//	              name while its own is held
+//	File.mu       which descriptor an open file has; taken before its Node.change
+//	              by who holds no other
+//	FS.tree       (RW) where directories are: written by a rename of a directory for
+//	              the system call alone, read by whoever walks from a directory to
+//	              the root, to open it or to name it
+//	Node.mu       fields of a node; no I/O under it
 //	FS.dirs       the cache of directory descriptors
 //	FS.table      Node.ID to Node, identity to Node, reference counts
+//
+// A lookup takes none of them but the last: it reads the layers and then asks the
+// table for the node. What it has read is stale if a copy-up has ended in the
+// directory meanwhile (dirState.copied), or has made its file and not told yet
+// (FS.copies): then it looks again.
 //
 // Parents are copied up before a node's own lock is taken, outermost first; a
 // node that is in the upper stays there, so nobody has to look again.

@@ -2,171 +2,255 @@ package union
 
 import (
 	"context"
+	"fmt"
+	"os"
+	"sync"
 	"syscall"
+
+	"github.com/layerctl/layerctl/internal/sys"
 )
 
 // FS is an open union. Its methods may be called by many goroutines at once.
 // Errors wrap the syscall.Errno that the caller of the system call gets.
 type FS struct {
-	config Config
+	config  Config
+	layers  []*layer
+	data    []*layer // of layers: those that have data alone
+	upper   *upper   // nil: read-only
+	names   *xattrNames
+	root    *Node
+	manyFS  bool // layers are on several file systems
+	handles bool // files can be named by handles: origins are written
+
+	// How this process makes files.
+	uid, gid uint32
+	canSetID bool   // may make them as others
+	umask    uint32 // the process's
+	hidesNew bool   // new directories in merged ones are made opaque
+
+	renames sync.Mutex   // renames between directories, one at a time
+	tree    sync.RWMutex // where directories are
+	dirs    dirCache
+	table   *table
+	copies  map[nameKey]*Node // being copied up; under table.mu
+
+	odd struct {
+		sync.Mutex
+		number map[realKey]uint64
+	}
+	said sayer
 }
 
-// Node is an inode: a file or directory of the union, whatever layer it is in.
-type Node struct {
-	id uint64
-}
-
-// ID names the node: the root is 1. It is not used again while the FS is open.
-func (n *Node) ID() uint64 { return n.id }
-
-// File is an open file. It goes on working when its node is copied up, renamed
-// or unlinked: a file that was opened for reading in a lower reads the upper's
-// data once there is some.
-type File struct{}
-
-// Dir is an open directory.
-type Dir struct{}
+// errNotEmpty is what a directory that shows names is.
+const errNotEmpty = syscall.ENOTEMPTY
 
 // Open opens a union. ctx bounds the wait for an upper that is just being
 // unmounted by another server (5 s at most).
-func Open(ctx context.Context, c Config) (*FS, error) { return nil, syscall.ENOSYS }
+func Open(ctx context.Context, c Config) (fs *FS, err error) {
+	if len(c.Lowers) == 0 && c.Upper == "" {
+		return nil, fmt.Errorf("union without layers: %w", syscall.EINVAL)
+	}
+	if c.Upper != "" && c.Work == "" {
+		return nil, fmt.Errorf("union: upper %s without work: %w", c.Upper, syscall.EINVAL)
+	}
+	fs = &FS{config: c, table: newTable(), copies: map[nameKey]*Node{}}
+	defer func() {
+		if err != nil {
+			fs.Close()
+			fs = nil
+		}
+	}()
+	if err := fs.openLayers(ctx); err != nil {
+		return nil, fmt.Errorf("union: %w", err)
+	}
+	fs.lookAtProcess()
+	fs.dirs.max = c.MaxDirs
+	if fs.dirs.max == 0 {
+		fs.dirs.max = defaultDirs()
+	}
+	fs.hidesNew = c.Index || c.Metacopy || c.Redirect == RedirectOn
+	if err := fs.openRoot(); err != nil {
+		return nil, fmt.Errorf("union: %w", err)
+	}
+	return fs, nil
+}
+
+func (fs *FS) openLayers(ctx context.Context) (err error) {
+	c := &fs.config
+	if c.Upper != "" {
+		if fs.upper, err = openUpper(ctx, c); err != nil {
+			return err
+		}
+		fs.names = fs.upper.xattrs
+		if err := fs.addLayer(c.Upper, true, false); err != nil {
+			return err
+		}
+	} else {
+		fs.names = c.Xattrs.forReading()
+	}
+	for _, p := range c.Lowers {
+		if err := fs.addLayer(p, false, false); err != nil {
+			return err
+		}
+	}
+	for _, p := range c.DataLowers {
+		if err := fs.addLayer(p, false, true); err != nil {
+			return err
+		}
+	}
+	return fs.setFsids()
+}
+
+func (fs *FS) addLayer(path string, upper, data bool) error {
+	fd, err := sys.Open(path, sys.O_PATH|sys.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	l := &layer{path: path, fd: fd, index: len(fs.layers), upper: upper, data: data}
+	l.root = &realDir{layer: l}
+	fs.layers = append(fs.layers, l)
+	if data {
+		fs.data = append(fs.data, l)
+	}
+	r, err := sys.Open(path, sys.O_RDONLY|sys.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer r.Close()
+	if l.uuid, err = r.FSUUID(); err != nil {
+		l.uuid = [16]byte{}
+	}
+	return nil
+}
+
+// lookAtProcess finds out how files can be made.
+func (fs *FS) lookAtProcess() {
+	fs.uid, fs.gid = uint32(os.Geteuid()), uint32(os.Getegid())
+	fs.canSetID = fs.uid == 0
+	fs.umask = uint32(sys.Umask(0o022))
+	sys.Umask(int(fs.umask))
+	fs.handles = fs.upper != nil
+}
+
+func defaultDirs() int {
+	var r syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil {
+		return 256
+	}
+	return int(max(16, min(r.Cur/4, 4096)))
+}
+
+// openRoot makes the root's node.
+func (fs *FS) openRoot() error {
+	n := &Node{typ: sys.S_IFDIR, dir: &dirState{}, refs: 1}
+	opaque := false
+	for _, l := range fs.layers {
+		if l.data {
+			continue
+		}
+		st, err := l.fd.Stat("")
+		if err != nil {
+			return err
+		}
+		var facts facts
+		if err := fs.readFacts(l.fd.Int(), "", &facts); err != nil {
+			return err
+		}
+		if l.upper {
+			n.upIno = st.Ino
+			n.set(inUpper)
+			if facts.impure {
+				n.set(isImpure)
+			}
+			continue
+		}
+		if opaque {
+			continue
+		}
+		l.root.xwhiteouts = facts.xwhiteouts
+		if len(n.dir.lowers) == 0 {
+			n.lowIno, n.lowFS = st.Ino, l.fsid
+		}
+		n.dir.lowers = append(n.dir.lowers, l.root)
+	}
+	f := found{st: sys.Stat{Mode: sys.S_IFDIR, Ino: n.upIno}, lowers: n.dir.lowers, lowerIno: n.lowIno, lowFS: n.lowFS}
+	n.ino.Store(fs.inoOf(&f))
+	fs.root = n
+	fs.table.add(n, false)
+	return nil
+}
 
 // Close ends the FS. Open files and nodes are not usable afterwards.
-func (fs *FS) Close() error { return syscall.ENOSYS }
+func (fs *FS) Close() error {
+	fs.dirs.close()
+	var all []*Node
+	fs.table.mu.Lock()
+	for _, n := range fs.table.byID {
+		all = append(all, n)
+	}
+	fs.table.byID = map[uint64]*Node{}
+	fs.table.mu.Unlock()
+	for _, n := range all {
+		if n.more != nil && n.more.fd >= 0 {
+			sys.CloseBare(n.more.fd)
+			n.more.fd = -1
+		}
+	}
+	for _, l := range fs.layers {
+		l.fd.Close()
+	}
+	fs.layers = nil
+	if fs.upper != nil {
+		u := fs.upper
+		fs.upper = nil
+		return u.close()
+	}
+	return nil
+}
 
 // Root returns the root directory, which needs no Forget.
-func (fs *FS) Root() *Node { return nil }
-
-// Node returns a node that the caller has a reference to; nil for an unknown id.
-func (fs *FS) Node(id uint64) *Node { return nil }
-
-// Forget gives back count references.
-func (fs *FS) Forget(id, count uint64) {}
-
-// Lookup finds a name; ENOENT where there is none. "." and ".." are for file
-// handles (export).
-func (fs *FS) Lookup(dir *Node, name string) (Entry, error) { return Entry{}, syscall.ENOSYS }
-
-// Getattr describes a node; f, when not nil, is an open file of it.
-func (fs *FS) Getattr(n *Node, f *File) (Attr, error) { return Attr{}, syscall.ENOSYS }
-
-// Setattr changes attributes, copying the node up.
-func (fs *FS) Setattr(c Caller, n *Node, f *File, s SetAttr) (Attr, error) {
-	return Attr{}, syscall.ENOSYS
-}
-
-// Readlink returns a symlink's target.
-func (fs *FS) Readlink(n *Node) (string, error) { return "", syscall.ENOSYS }
-
-// Mkdir makes a directory; mode is as the caller gave it, umask not applied.
-func (fs *FS) Mkdir(c Caller, dir *Node, name string, mode uint32) (Entry, error) {
-	return Entry{}, syscall.ENOSYS
-}
-
-// Mknod makes a file of any type but a directory and a symlink.
-func (fs *FS) Mknod(c Caller, dir *Node, name string, mode, major, minor uint32) (Entry, error) {
-	return Entry{}, syscall.ENOSYS
-}
-
-// Symlink makes a symlink.
-func (fs *FS) Symlink(c Caller, dir *Node, name, target string) (Entry, error) {
-	return Entry{}, syscall.ENOSYS
-}
-
-// Link makes name in dir another name of n.
-func (fs *FS) Link(n, dir *Node, name string) (Entry, error) { return Entry{}, syscall.ENOSYS }
-
-// Unlink removes a name of anything but a directory. Nothing is copied up.
-func (fs *FS) Unlink(dir *Node, name string) error { return syscall.ENOSYS }
-
-// Rmdir removes a directory that shows no names.
-func (fs *FS) Rmdir(dir *Node, name string) error { return syscall.ENOSYS }
-
-// Rename is renameat2(2) with its flags. EXDEV where a directory that a lower
-// has a part of would need a redirect that may not be made.
-func (fs *FS) Rename(c Caller, olddir *Node, oldname string, newdir *Node, newname string, flags uint32) error {
-	return syscall.ENOSYS
-}
-
-// Create makes and opens a regular file; flags are open(2)'s.
-func (fs *FS) Create(c Caller, dir *Node, name string, flags, mode uint32) (Entry, *File, error) {
-	return Entry{}, nil, syscall.ENOSYS
-}
-
-// Tmpfile makes a file without a name in dir (O_TMPFILE).
-func (fs *FS) Tmpfile(c Caller, dir *Node, flags, mode uint32) (Entry, *File, error) {
-	return Entry{}, nil, syscall.ENOSYS
-}
-
-// Open opens a regular file; for writing it is copied up, without its data if
-// flags have O_TRUNC. Special files are opened by the kernel itself.
-func (fs *FS) Open(n *Node, flags uint32) (*File, error) { return nil, syscall.ENOSYS }
-
-// OpenDir opens a directory for reading.
-func (fs *FS) OpenDir(n *Node) (*Dir, error) { return nil, syscall.ENOSYS }
-
-// Read calls add for each name from offset off on ("." and ".." are the
-// caller's), until add returns false: that name comes again next time.
-func (d *Dir) Read(off uint64, add func(DirEntry) bool) error { return syscall.ENOSYS }
-
-// ReadPlus is Read with the node behind each name, with a reference for the
-// caller if add returns true.
-func (d *Dir) ReadPlus(off uint64, add func(DirEntry, Entry) bool) error { return syscall.ENOSYS }
-
-// Fsync flushes the directory's names.
-func (d *Dir) Fsync() error { return syscall.ENOSYS }
-
-// Close closes the directory.
-func (d *Dir) Close() error { return syscall.ENOSYS }
-
-// Getxattr reads an xattr into dest; with an empty dest it returns the size,
-// else ERANGE where dest is too small.
-func (fs *FS) Getxattr(n *Node, attr string, dest []byte) (int, error) { return 0, syscall.ENOSYS }
-
-// Listxattr lists xattrs, each ended by NUL, as Getxattr reads one.
-func (fs *FS) Listxattr(n *Node, dest []byte) (int, error) { return 0, syscall.ENOSYS }
-
-// Setxattr sets an xattr, copying the node up; flags are setxattr(2)'s.
-// killSGID: the mode loses setgid, as an ACL set by a stranger makes it.
-func (fs *FS) Setxattr(c Caller, n *Node, attr string, value []byte, flags uint32, killSGID bool) error {
-	return syscall.ENOSYS
-}
-
-// Removexattr removes an xattr, copying the node up.
-func (fs *FS) Removexattr(c Caller, n *Node, attr string) error { return syscall.ENOSYS }
-
-// Statfs describes the file system below.
-func (fs *FS) Statfs() (Statfs, error) { return Statfs{}, syscall.ENOSYS }
+func (fs *FS) Root() *Node { return fs.root }
 
 // Syncfs flushes the upper's file system.
-func (fs *FS) Syncfs() error { return syscall.ENOSYS }
-
-// Fd returns a descriptor of the file and whether its data are the upper's: one
-// that stays right as long as the file is open (passthrough). It belongs to f.
-func (f *File) Fd() (fd int, upper bool) { return -1, false }
-
-// ReadAt reads into p; less than len(p) only at the end of the file.
-func (f *File) ReadAt(p []byte, off int64) (int, error) { return 0, syscall.ENOSYS }
-
-// WriteAt writes p. killPriv: see SetAttr.KillPriv.
-func (f *File) WriteAt(p []byte, off int64, killPriv bool) (int, error) { return 0, syscall.ENOSYS }
-
-// Fsync flushes the file.
-func (f *File) Fsync(dataOnly bool) error { return syscall.ENOSYS }
-
-// Flush is what close(2) of one of the descriptors does.
-func (f *File) Flush() error { return syscall.ENOSYS }
-
-// Fallocate is fallocate(2).
-func (f *File) Fallocate(mode uint32, off, size int64) error { return syscall.ENOSYS }
-
-// Seek is lseek(2) with SEEK_DATA or SEEK_HOLE.
-func (f *File) Seek(off int64, whence int) (int64, error) { return 0, syscall.ENOSYS }
-
-// CopyRange is copy_file_range(2) from src.
-func (f *File) CopyRange(off int64, src *File, srcOff, size int64) (int64, error) {
-	return 0, syscall.ENOSYS
+func (fs *FS) Syncfs() error {
+	if fs.upper == nil || fs.config.Volatile {
+		return nil
+	}
+	return fs.upper.work.SyncFS()
 }
 
-// Close closes the file.
-func (f *File) Close() error { return syscall.ENOSYS }
+// step tells a test where a change stands.
+func (fs *FS) step(name string) error {
+	if fs.config.Step == nil {
+		return nil
+	}
+	return fs.config.Step(name)
+}
+
+// sayer says each thing once.
+type sayer struct {
+	sync.Mutex
+	done map[string]bool
+}
+
+// saidMax bounds what is remembered of what was said.
+const saidMax = 1000
+
+func (fs *FS) say(format string, args ...any) {
+	if fs.config.Log == nil {
+		return
+	}
+	line := fmt.Sprintf(format, args...)
+	fs.said.Lock()
+	again := fs.said.done[line]
+	if !again {
+		if fs.said.done == nil || len(fs.said.done) >= saidMax {
+			fs.said.done = map[string]bool{}
+		}
+		fs.said.done[line] = true
+	}
+	fs.said.Unlock()
+	if !again {
+		fs.config.Log("%s", line)
+	}
+}

@@ -20,6 +20,7 @@ type Stat struct {
 	Btime      Time // zero where Mask lacks STATX_BTIME
 	MountID    uint64
 	Attributes uint64
+	Blksize    uint32
 }
 
 // Time is a kernel timestamp.
@@ -60,6 +61,14 @@ func (s *Stat) IsWhiteout() bool {
 // IsMountRoot reports whether the file is the root of a mount.
 func (s *Stat) IsMountRoot() bool { return s.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 }
 
+// Attributes of a file that statx(2) shows, with the kernel's spelling.
+const (
+	STATX_ATTR_COMPRESSED = unix.STATX_ATTR_COMPRESSED
+	STATX_ATTR_IMMUTABLE  = unix.STATX_ATTR_IMMUTABLE
+	STATX_ATTR_APPEND     = unix.STATX_ATTR_APPEND
+	STATX_ATTR_NODUMP     = unix.STATX_ATTR_NODUMP
+)
+
 const statxMask = unix.STATX_BASIC_STATS | unix.STATX_BTIME | unix.STATX_MNT_ID
 
 // Stat describes one component below f without following a symlink; name ""
@@ -99,6 +108,6 @@ func (s *Stat) set(x *unix.Statx_t) {
 		RdevMajor: x.Rdev_major, RdevMinor: x.Rdev_minor,
 		Atime: Time{x.Atime.Sec, x.Atime.Nsec}, Mtime: Time{x.Mtime.Sec, x.Mtime.Nsec},
 		Ctime: Time{x.Ctime.Sec, x.Ctime.Nsec}, Btime: Time{x.Btime.Sec, x.Btime.Nsec},
-		MountID: x.Mnt_id, Attributes: x.Attributes,
+		MountID: x.Mnt_id, Attributes: x.Attributes, Blksize: x.Blksize,
 	}
 }

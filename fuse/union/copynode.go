@@ -1,0 +1,246 @@
+package union
+
+import (
+	"context"
+	"syscall"
+
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// copyUp makes sure that a node is in the upper, its parents first, with its
+// data unless what says that they are not needed.
+func (fs *FS) copyUp(n *Node, what copyWhat) error {
+	if what == copyMeta && (!fs.config.Metacopy || n.typ != sys.S_IFREG) {
+		what = copyAll
+	}
+	if n.has(inUpper) {
+		if what == copyMeta || !n.has(isMetacopy) {
+			return nil
+		}
+		n.change.Lock()
+		defer n.change.Unlock()
+		return fs.fillIn(n)
+	}
+	if err := fs.writable(); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	parent := n.parent // of what is in a lower this does not change
+	n.mu.Unlock()
+	if err := fs.copyUp(parent, copyMeta); err != nil {
+		return err
+	}
+	parent.change.Lock()
+	defer parent.change.Unlock()
+	n.change.Lock()
+	defer n.change.Unlock()
+	return fs.copyUpLocked(parent, n, what)
+}
+
+// copyUpLocked is copyUp with the parent in the upper and both locked.
+func (fs *FS) copyUpLocked(parent, n *Node, what copyWhat) error {
+	if n.has(inUpper) {
+		if what != copyMeta {
+			return fs.fillIn(n)
+		}
+		return nil
+	}
+	src, done, err := fs.copySource(n)
+	if err != nil {
+		return err
+	}
+	defer done()
+	r := copyRequest{src: src, what: what, noOrigin: !fs.handles,
+		shared: fs.config.Index && !n.isDir() && src.stat.Nlink > 1}
+	if n.has(isDead) || parent.has(isDead) {
+		return fs.copyUpGone(n, &r)
+	}
+	up, err := fs.upperDir(parent)
+	if err != nil {
+		return err
+	}
+	defer fs.dirs.done(up)
+	r.dir, r.name = up.fd, n.name
+	key := nameKey{parent.id, n.name}
+	fs.table.mu.Lock()
+	fs.copies[key] = n
+	fs.table.mu.Unlock()
+	var st sys.Stat
+	err = fs.upper.copyUp(context.Background(), &r)
+	if err == nil {
+		err = sys.StatBare(up.fd, n.name, &st)
+	}
+	fs.table.mu.Lock()
+	delete(fs.copies, key)
+	fs.table.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	if !r.noOrigin {
+		parent.set(isImpure)
+	}
+	fs.raised(parent, n, &r, &st)
+	return nil
+}
+
+// raised tells a node that it is in the upper now; st is of the new inode.
+func (fs *FS) raised(parent, n *Node, r *copyRequest, st *sys.Stat) {
+	parted := !n.isDir() && r.src.stat.Nlink > 1 && !r.shared
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	fs.table.mu.Lock()
+	defer fs.table.mu.Unlock()
+	fs.table.unkey(n)
+	n.upIno = st.Ino
+	var flags uint32 = inUpper
+	if r.what == copyMeta && n.typ == sys.S_IFREG {
+		flags |= isMetacopy
+		m := n.extra()
+		if m.data.dir == nil {
+			m.data, m.dataSt.blocks = n.low, r.src.stat.Blocks
+		}
+	} else {
+		n.clear(isMetacopy)
+	}
+	if parted {
+		n.ino.Store(fs.ino(0, st.Ino))
+	}
+	n.set(flags)
+	if !n.has(isDead) {
+		fs.table.link(n, false)
+	}
+	parent.dir.copied.Add(1)
+}
+
+// copySource opens what is copied up.
+func (fs *FS) copySource(n *Node) (src copySource, done func(), err error) {
+	var p place
+	if err := fs.locate(n, &p); err != nil {
+		return src, nil, err
+	}
+	defer fs.leave(&p)
+	if p.name == "" {
+		src.fd, err = sys.DupBare(p.fd)
+	} else {
+		src.fd, err = sys.OpenBare(p.fd, p.name, sys.O_PATH, 0)
+	}
+	if err != nil {
+		return src, nil, err
+	}
+	src.data = -1
+	done = func() {
+		sys.CloseBare(src.fd)
+		if src.data >= 0 {
+			sys.CloseBare(src.data)
+		}
+	}
+	if err = sys.StatBare(src.fd, "", &src.stat); err == nil && src.stat.Type() != n.typ {
+		err = syscall.ESTALE
+	}
+	if err == nil && n.has(isMetacopy) {
+		src.data, err = fs.openData(n, sys.O_PATH)
+	}
+	if err != nil {
+		done()
+		return src, nil, err
+	}
+	if fs.handles {
+		id := new(fileID)
+		if identify(src.fd, "", fs.layerOf(n).uuid, id) == nil {
+			src.id = id
+		} // else an empty origin says: unknown
+	}
+	return src, done, nil
+}
+
+// layerOf is the lower that shows a node.
+func (fs *FS) layerOf(n *Node) *layer {
+	if n.isDir() {
+		return n.dir.lowers[0].layer
+	}
+	return n.low.dir.layer
+}
+
+// copyUpGone copies up a file without a name: it gets none there either.
+func (fs *FS) copyUpGone(n *Node, r *copyRequest) error {
+	if n.isDir() {
+		return syscall.ENOENT
+	}
+	r.dir, r.name, r.noOrigin, r.shared = fs.upper.work.Int(), fs.upper.tempName(), true, false
+	if err := fs.upper.copyUp(context.Background(), r); err != nil {
+		return err
+	}
+	defer fs.upper.discard(r.name)
+	fd, err := sys.OpenBare(r.dir, r.name, sys.O_PATH, 0)
+	if err != nil {
+		return err
+	}
+	var st sys.Stat
+	if err := sys.StatBare(fd, "", &st); err != nil {
+		sys.CloseBare(fd)
+		return err
+	}
+	n.mu.Lock()
+	n.extra().fd = fd
+	n.mu.Unlock()
+	n.set(isDead)
+	fs.raised(n.parent, n, r, &st)
+	return nil
+}
+
+// fillIn gives a metacopy file in the upper its data; n.change is held.
+func (fs *FS) fillIn(n *Node) error {
+	if !n.has(isMetacopy) {
+		return nil
+	}
+	data, err := fs.openData(n, sys.O_PATH)
+	if err != nil {
+		return err
+	}
+	defer sys.CloseBare(data)
+	fd, err := fs.openUpper(n, sys.O_PATH)
+	if err != nil {
+		return err
+	}
+	defer sys.CloseBare(fd)
+	if err := fs.upper.copyUpData(context.Background(), fd, data); err != nil {
+		return err
+	}
+	n.clear(isMetacopy)
+	return nil
+}
+
+// openUpper opens a file in the upper; n.change is held.
+func (fs *FS) openUpper(n *Node, flags int) (int, error) {
+	var p place
+	if err := fs.locate(n, &p); err != nil {
+		return -1, err
+	}
+	defer fs.leave(&p)
+	if p.name == "" {
+		if flags == sys.O_PATH {
+			return sys.DupBare(p.fd)
+		}
+		return sys.ReopenBare(p.fd, flags)
+	}
+	return sys.OpenBare(p.fd, p.name, flags, 0)
+}
+
+// openData opens the lower file that has a metacopy file's data.
+func (fs *FS) openData(n *Node, flags int) (int, error) {
+	n.mu.Lock()
+	data, lazy := n.more.data, n.more.dataSt.lazy
+	n.mu.Unlock()
+	if data.dir == nil {
+		var err error
+		if data, err = fs.findData(n, lazy); err != nil {
+			return -1, err
+		}
+	}
+	d, err := fs.real(data.dir)
+	if err != nil {
+		return -1, err
+	}
+	defer fs.dirs.done(d)
+	return sys.OpenBare(d.fd, data.name, flags, 0)
+}

@@ -1,0 +1,188 @@
+package union
+
+import (
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// intern gives the node of what was found at name in dir, making it if there is
+// none, with a reference for the caller. nil: a copy-up in dir has ended since
+// the search began (copied is from before), so that it must be done again.
+func (fs *FS) intern(dir *Node, name string, f *found, copied uint32) *Node {
+	t := fs.table
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if dir.dir.copied.Load() != copied {
+		return nil
+	}
+	key, byName := fs.keyOf(f)
+	var n *Node
+	if byName {
+		n = t.byName[nameKey{dir.id, name}]
+		if n != nil && (n.lowIno != key.ino || n.lowFS != key.fsid) {
+			n = nil
+		}
+	} else {
+		n = t.byReal[key]
+	}
+	if n == nil && f.upper {
+		// A copy-up that has linked the file and not told yet: wait for it.
+		if p := fs.copying(dir, name); p != nil {
+			t.mu.Unlock()
+			p.change.Lock()
+			p.change.Unlock() //lint:ignore SA2001 waiting is all
+			t.mu.Lock()
+			return nil
+		}
+	}
+	if n != nil && !fs.same(n, dir, name, f) {
+		if n.isDir() || n.typ != f.st.Type() {
+			byName, n = true, t.byName[nameKey{dir.id, name}]
+		}
+	}
+	if n == nil {
+		n = fs.newNode(dir, name, f)
+		t.add(n, byName)
+	} else {
+		fs.renew(n, dir, name, f)
+	}
+	n.refs++
+	return n
+}
+
+// keyOf is the identity of what was found; byName: it does not tell the names of
+// a file apart that a copy-up would part.
+func (fs *FS) keyOf(f *found) (key realKey, byName bool) {
+	switch {
+	case f.upper:
+		return realKey{f.st.Ino, 0}, false
+	case len(f.lowers) > 0:
+		return realKey{f.lowerIno, f.lowFS}, false
+	}
+	return realKey{f.lowSt.Ino, f.lowFS}, f.lowSt.Nlink > 1 && fs.upper != nil && !fs.config.Index
+}
+
+// same tells whether a node that is in memory is what was found: its type is,
+// and a directory is at no other place.
+func (fs *FS) same(n, dir *Node, name string, f *found) bool {
+	if n.typ != f.st.Type() {
+		return false
+	}
+	return !n.isDir() || n.parent == dir && n.name == name
+}
+
+// newNode makes a node; t.mu is held.
+func (fs *FS) newNode(dir *Node, name string, f *found) *Node {
+	n := &Node{typ: f.st.Type(), parent: dir, name: name}
+	dir.holds++
+	var flags uint32
+	if f.upper {
+		flags |= inUpper
+		n.upIno = f.st.Ino
+	}
+	if f.metacopy {
+		flags |= isMetacopy
+		n.more = &fileState{fd: -1, data: f.data, dataSt: f.dataSt, redirect: f.redirect}
+	}
+	if f.st.IsDir() {
+		n.dir = &dirState{lowers: f.lowers, redirect: f.redirect}
+		n.lowIno, n.lowFS = f.lowerIno, f.lowFS
+		if f.impure {
+			flags |= isImpure
+		}
+		if f.opaque {
+			flags |= isOpaque
+		}
+	} else if f.hasLow {
+		n.lowIno, n.lowFS = f.lowSt.Ino, f.lowFS
+		n.low = f.low
+		if n.low.name == name {
+			n.low.name = name // one string
+		}
+	}
+	n.flags.Store(flags)
+	n.ino.Store(fs.inoOf(f))
+	return n
+}
+
+// inoOf is the number that something found is shown by: that of the lower that it
+// comes from, where it is the only one that comes from there.
+func (fs *FS) inoOf(f *found) uint64 {
+	switch {
+	case f.st.IsDir() && len(f.lowers) > 0:
+		return fs.ino(f.lowFS, f.lowerIno)
+	case f.hasLow && (!f.upper || f.lowSt.Nlink == 1 || fs.config.Index):
+		return fs.ino(f.lowFS, f.lowSt.Ino)
+	}
+	return fs.ino(0, f.st.Ino)
+}
+
+// renew tells a node that is in memory where it was found; t.mu is held, and
+// n.mu is not: what is set here is read under either.
+func (fs *FS) renew(n, dir *Node, name string, f *found) {
+	if !f.upper || n.isDir() || n.parent == dir && n.name == name {
+		return
+	}
+	if f.st.Nlink > 1 && n.upIno == f.st.Ino {
+		fs.addName(n, dir, name)
+	}
+}
+
+// maxAlts bounds the names of one file that are remembered beside the first.
+const maxAlts = 8
+
+// addName remembers one more name in the upper; t.mu is held.
+func (fs *FS) addName(n, dir *Node, name string) {
+	m := n.extra()
+	for _, a := range m.alts {
+		if a.parent == dir && a.name == name {
+			return
+		}
+	}
+	if len(m.alts) == maxAlts {
+		return
+	}
+	dir.holds++
+	m.alts = append(m.alts, altName{dir, name})
+}
+
+// add makes a node findable; t.mu is held.
+func (t *table) add(n *Node, byName bool) {
+	t.last++
+	n.id = t.last
+	t.byID[n.id] = n
+	t.link(n, byName)
+}
+
+func (t *table) link(n *Node, byName bool) {
+	if byName {
+		n.key = keyName
+		t.byName[nameKey{n.parent.id, n.name}] = n
+		return
+	}
+	n.key = keyReal
+	t.byReal[n.realKey()] = n
+}
+
+// copying is the node that is just being copied up to name in dir; t.mu is held.
+func (fs *FS) copying(dir *Node, name string) *Node { return fs.copies[nameKey{dir.id, name}] }
+
+// nodeOf is the node in memory of what was found at a name, held; nil if there
+// is none.
+func (fs *FS) nodeOf(dir *Node, name string, f *found) *Node {
+	key, byName := fs.keyOf(f)
+	t := fs.table
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := t.byReal[key]
+	if byName {
+		n = t.byName[nameKey{dir.id, name}]
+	} else if n != nil && !fs.same(n, dir, name, f) {
+		n = t.byName[nameKey{dir.id, name}]
+	}
+	if n != nil {
+		n.holds++
+	}
+	return n
+}
+
+var _ = sys.S_IFMT
