@@ -15,11 +15,11 @@ endif
 
 all: build
 
-build: $(BIN)/layerctl ## the program, static, into bin/
+build: $(BIN)/layerctl $(BIN)/fuse-layerfs ## the programs, static, into bin/
 
-$(BIN)/layerctl: FORCE
+$(BIN)/%: FORCE
 	@mkdir -p $(BIN)
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/layerctl
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/$*
 FORCE:
 
 demo: build ## the main job on a real tree, with the best driver that works here
@@ -91,7 +91,7 @@ man: build ## man pages into out/man
 
 PREFIX ?= /usr/local
 install: build
-	install -D -m 0755 $(BIN)/layerctl $(DESTDIR)$(PREFIX)/bin/layerctl
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(BIN)/layerctl $(BIN)/fuse-layerfs
 
 clean:
 	rm -rf $(BIN) out

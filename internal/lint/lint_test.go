@@ -38,11 +38,13 @@ var level = map[string]int{
 	"drivers/native":     4,
 	"overlay":            4,
 	"fuse/union":         4,
+	"fuse/server":        5,
 	"snapshot":           5,
 	"image":              6,
 	"internal/testimage": 6,
 	".":                  7,
 	"cmd/layerctl":       9,
+	"cmd/fuse-layerfs":   9,
 }
 
 // below lists the arrows within one level, each with its reason.
@@ -178,6 +180,7 @@ func TestOneDoor(t *testing.T) {
 // exits lists the folders that may end the process, each with its reason.
 var exits = map[string]string{
 	"cmd/layerctl":     "a program",
+	"cmd/fuse-layerfs": "a program",
 	"internal/testenv": "it re-executes the test binary",
 	"internal/userns":  "it re-executes the program",
 	"internal/faults":  "it simulates a crash",

@@ -1,0 +1,312 @@
+package server
+
+import (
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"github.com/layerctl/layerctl/fuse/union"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// file is an open file.
+type file struct {
+	f       *union.File
+	nodeid  uint64
+	through bool // in passthrough
+	mapped  bool // in passthrough, and can be mapped for writing
+}
+
+const (
+	setID      = 0o6000 // setuid and setgid
+	accessMode = sys.O_RDONLY | sys.O_WRONLY | sys.O_RDWR
+)
+
+// openFlags is how a file is opened for the kernel's open flags. Where to append
+// and what to flush the kernel says with each request; O_DIRECT would need
+// aligned buffers, and who wants it wants the file below (passthrough).
+func (s *Server) openFlags(wire uint32) uint32 {
+	flags := wire & (accessMode | sys.O_TRUNC)
+	if s.writeback && flags&accessMode == sys.O_WRONLY {
+		flags = flags&^accessMode | sys.O_RDWR // to write a part of a page the kernel reads all of it
+	}
+	return flags
+}
+
+func (s *Server) open(r *request) (int, fuse.Status) {
+	in := sys.View[fuse.OpenIn](r.in)
+	n := s.node(in.NodeId)
+	if n == nil {
+		return 0, estale
+	}
+	f, err := s.union.Open(n, s.openFlags(in.Flags))
+	if err != nil {
+		return 0, status(err)
+	}
+	if in.Mode&fuse.OPEN_KILL_SUIDGID != 0 {
+		if _, err := s.union.Setattr(s.caller(&in.InHeader, 0), n, f, union.SetAttr{KillPriv: true}); err != nil {
+			_ = f.Close()
+			return 0, status(err)
+		}
+	}
+	var mode uint32
+	if s.passthrough {
+		a, err := s.union.Getattr(n, f)
+		if err != nil {
+			_ = f.Close()
+			return 0, status(err)
+		}
+		mode = a.Mode
+	}
+	o := reply[fuse.OpenOut](r)
+	if st := s.openFile(o, f, in.NodeId, in.Flags, mode, false); st != fuse.OK {
+		_ = f.Close()
+		return 0, st
+	}
+	return sys.SizeOf[fuse.OpenOut](), fuse.OK
+}
+
+// openFile decides how the kernel uses a file, and answers. The rules
+// (fs/fuse/iomode.c):
+//
+//   - While a node is open in passthrough, each further open of it is, with the
+//     same backing id. If that is the file of a layer that the node is not in any
+//     more, the open is ESTALE: the kernel looks the name up again and finds a
+//     node that it does not know yet.
+//   - While a node is open with the page cache, each further open is.
+//   - Else it is as the policy wants it.
+//
+// A setuid or setgid file is never in passthrough: nobody would take the bits
+// away when it is written.
+func (s *Server) openFile(o *fuse.OpenOut, f *union.File, nodeid uint64, flags, mode uint32, created bool) fuse.Status {
+	node := nodeid & nodeMask
+	fd, upper := f.Fd()
+	of := &file{f: f, nodeid: nodeid}
+	n := s.opens.get(node)
+	defer s.opens.put(node, n)
+	switch {
+	case n.through > 0 && n.upper != upper:
+		s.opens.renew(nodeid)
+		return estale
+	case n.through > 0:
+		of.through = true
+	case n.cached > 0 || mode&setID != 0 || !s.wantsPassthrough(upper):
+	default:
+		id, err := s.dev.BackingOpen(fd)
+		if err != nil { // the page cache works everywhere
+			s.refused(err)
+			break
+		}
+		n.backing, n.upper, of.through = id, upper, true
+		s.opens.through.Add(1)
+	}
+	s.count(n, of, o, flags, upper)
+	if of.mapped && !created {
+		s.notifyAttr(node)
+	}
+	o.Fh = s.files.add(of)
+	return fuse.OK
+}
+
+// count enters an open into the node's state and makes its answer.
+func (s *Server) count(n *nodeOpens, of *file, o *fuse.OpenOut, flags uint32, upper bool) {
+	o.OpenFlags = fuse.FOPEN_NOFLUSH
+	if !of.through {
+		// The pages of a lower file hold. Those of an upper one may be older than
+		// what was written in passthrough since, unless the file is open now.
+		if !upper || n.cached > 0 || !s.passthrough {
+			o.OpenFlags |= fuse.FOPEN_KEEP_CACHE
+		}
+		n.cached++
+		s.opens.cachedOpens.Add(1)
+		return
+	}
+	o.OpenFlags |= fuse.FOPEN_PASSTHROUGH
+	o.BackingID = n.backing
+	n.through++
+	s.opens.throughOpens.Add(1)
+	if flags&accessMode == sys.O_RDWR {
+		of.mapped = true
+		n.mapped++
+		s.opens.mapped.Add(1)
+	}
+}
+
+func (s *Server) wantsPassthrough(upper bool) bool {
+	if !s.passthrough || s.opens.refused.Load() {
+		return false
+	}
+	switch s.o.Passthrough {
+	case PassthroughAll:
+		return true
+	case PassthroughReadOnly:
+		return upper || s.o.ReadOnly
+	}
+	return upper
+}
+
+// refused gives passthrough up for the whole mount: a refusal is about
+// privileges or the file system below, not about one file.
+func (s *Server) refused(err error) {
+	if s.opens.refused.CompareAndSwap(false, true) {
+		s.logf("no passthrough: %v", err)
+	}
+}
+
+func (s *Server) release(r *request) fuse.Status {
+	in := sys.View[fuse.ReleaseIn](r.in)
+	of := s.files.remove(in.Fh)
+	if of == nil {
+		return fuse.EBADF
+	}
+	node := of.nodeid & nodeMask
+	n := s.opens.get(node)
+	switch {
+	case !of.through:
+		n.cached--
+	default:
+		if of.mapped {
+			n.mapped--
+			s.opens.mapped.Add(-1)
+		}
+		if n.through--; n.through == 0 {
+			s.opens.through.Add(-1)
+			if err := s.dev.BackingClose(n.backing); err != nil {
+				s.logf("%v", err)
+			}
+		}
+	}
+	s.opens.put(node, n)
+	return status(of.f.Close())
+}
+
+func (s *Server) create(r *request) (int, fuse.Status) {
+	in := sys.View[fuse.CreateIn](r.in)
+	dir, name, st := s.at(r, sys.SizeOf[fuse.CreateIn]())
+	if st != fuse.OK {
+		return 0, st
+	}
+	e, f, err := s.union.Create(s.caller(&in.InHeader, in.Umask), dir, name, s.openFlags(in.Flags)|in.Flags&sys.O_EXCL, in.Mode)
+	return s.created(r, in, e, f, err)
+}
+
+func (s *Server) tmpfile(r *request) (int, fuse.Status) {
+	in := sys.View[fuse.CreateIn](r.in)
+	dir := s.node(in.NodeId)
+	if dir == nil {
+		return 0, estale
+	}
+	e, f, err := s.union.Tmpfile(s.caller(&in.InHeader, in.Umask), dir, s.openFlags(in.Flags)|in.Flags&sys.O_EXCL, in.Mode)
+	return s.created(r, in, e, f, err)
+}
+
+func (s *Server) created(r *request, in *fuse.CreateIn, e union.Entry, f *union.File, err error) (int, fuse.Status) {
+	if err != nil {
+		return 0, status(err)
+	}
+	o := reply[fuse.CreateOut](r)
+	if st := s.openFile(&o.OpenOut, f, s.opens.nodeid(e.Node.ID()), in.Flags, e.Attr.Mode, true); st != fuse.OK {
+		_ = f.Close()
+		s.union.Forget(e.Node.ID(), 1)
+		return 0, st
+	}
+	s.setEntry(&o.EntryOut, &e)
+	return sys.SizeOf[fuse.CreateOut](), fuse.OK
+}
+
+func (s *Server) read(r *request) (int, fuse.Status) {
+	in := sys.View[fuse.ReadIn](r.in)
+	f := s.openOf(in.Fh)
+	if f == nil {
+		return 0, fuse.EBADF
+	}
+	n, err := f.ReadAt(r.out[:min(int(in.Size), len(r.out))], int64(in.Offset))
+	return n, status(err)
+}
+
+func (s *Server) write(r *request) (int, fuse.Status) {
+	in := sys.View[fuse.WriteIn](r.in)
+	f := s.openOf(in.Fh)
+	if f == nil {
+		return 0, fuse.EBADF
+	}
+	data := r.in[sys.SizeOf[fuse.WriteIn]():]
+	if len(data) < int(in.Size) {
+		return 0, fuse.EIO
+	}
+	n, err := f.WriteAt(data[:in.Size], int64(in.Offset), in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0)
+	if err != nil && n == 0 {
+		return 0, status(err)
+	}
+	reply[fuse.WriteOut](r).Size = uint32(n)
+	return sys.SizeOf[fuse.WriteOut](), fuse.OK
+}
+
+func (s *Server) flush(r *request) fuse.Status {
+	f := s.openOf(sys.View[fuse.FlushIn](r.in).Fh)
+	if f == nil {
+		return fuse.EBADF
+	}
+	return status(f.Flush())
+}
+
+const dataOnly = 1 // FUSE_FSYNC_FDATASYNC
+
+func (s *Server) fsync(r *request) fuse.Status {
+	in := sys.View[fuse.FsyncIn](r.in)
+	f := s.openOf(in.Fh)
+	if f == nil {
+		return fuse.EBADF
+	}
+	if s.o.NoFsync {
+		return fuse.OK
+	}
+	return status(f.Fsync(in.FsyncFlags&dataOnly != 0))
+}
+
+func (s *Server) fallocate(r *request) fuse.Status {
+	in := sys.View[fuse.FallocateIn](r.in)
+	f := s.openOf(in.Fh)
+	if f == nil {
+		return fuse.EBADF
+	}
+	return status(f.Fallocate(in.Mode, int64(in.Offset), int64(in.Length)))
+}
+
+func (s *Server) lseek(r *request) (int, fuse.Status) {
+	if s.writeback {
+		return 0, fuse.ENOSYS // the kernel may have data that we do not: it answers that all is data
+	}
+	in := sys.View[fuse.LseekIn](r.in)
+	f := s.openOf(in.Fh)
+	if f == nil {
+		return 0, fuse.EBADF
+	}
+	off, err := f.Seek(int64(in.Offset), int(in.Whence))
+	if err != nil {
+		return 0, status(err)
+	}
+	reply[fuse.LseekOut](r).Offset = uint64(off)
+	return sys.SizeOf[fuse.LseekOut](), fuse.OK
+}
+
+// copyFileRange answers the old request, whose answer has 32 bits, and the new one.
+func (s *Server) copyFileRange(r *request) (int, fuse.Status) {
+	in := sys.View[fuse.CopyFileRangeIn](r.in)
+	from, to := s.openOf(in.FhIn), s.openOf(in.FhOut)
+	if from == nil || to == nil {
+		return 0, fuse.EBADF
+	}
+	const most = 0x7ffff000 // MAX_RW_COUNT
+	size, short := in.Len, in.Opcode == opCopyFileRange
+	if short {
+		size = min(size, most)
+	}
+	n, err := to.CopyRange(int64(in.OffOut), from, int64(in.OffIn), int64(min(size, 1<<62)))
+	if err != nil {
+		return 0, status(err)
+	}
+	if short {
+		reply[fuse.WriteOut](r).Size = uint32(n)
+		return sys.SizeOf[fuse.WriteOut](), fuse.OK
+	}
+	reply[fuse.CopyFileRangeOut](r).BytesCopied = uint64(n)
+	return sys.SizeOf[fuse.CopyFileRangeOut](), fuse.OK
+}

@@ -1,0 +1,104 @@
+package server
+
+import (
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// handler is what a transport gives messages to: see Server.handle. The device
+// is the only transport now; FUSE over io_uring would be another.
+type handler interface {
+	handle(r *request, in, out []byte) int
+}
+
+// loop reads requests off the device and answers them, each on the thread that
+// read it. When the last thread that waits gets one it starts another, so that
+// a slow request (a copy-up, an fsync) keeps nobody waiting; what is more than
+// idle ones enough ends.
+type loop struct {
+	dev *sys.Fd
+	s   *Server
+	h   handler
+
+	threads, idle atomic.Int32
+	wg            sync.WaitGroup
+	once          sync.Once
+	err           error
+}
+
+// room is what a message or an answer takes at most: the data, and their fixed
+// part, which an own page keeps the data aligned behind.
+const room = maxWrite + pageSize
+
+func (l *loop) run() error {
+	l.h = l.s
+	l.s.loop.Store(l)
+	l.start()
+	l.wg.Wait()
+	return l.err
+}
+
+// start adds a thread.
+func (l *loop) start() {
+	l.threads.Add(1)
+	l.idle.Add(1)
+	l.wg.Add(1)
+	go func() {
+		defer l.wg.Done()
+		// The thread is kept: to be handed from thread to thread costs more than
+		// half of what a small request takes. It ends with the goroutine.
+		runtime.LockOSThread()
+		l.thread()
+		l.threads.Add(-1)
+	}()
+}
+
+func (l *loop) thread() {
+	// Pages that no message reached are no memory; in the heap they might be.
+	buffers, err := sys.MapAnonymous(2 * room)
+	if err != nil {
+		l.fail(err)
+		return
+	}
+	defer sys.Unmap(buffers)
+	in, out := buffers[:room:room], buffers[room:]
+	r := &request{}
+	for {
+		n, errno := l.dev.ReadMessage(in)
+		switch errno {
+		case 0:
+		case syscall.EINTR, syscall.EAGAIN, syscall.ENOENT: // ENOENT: the request was interrupted before it was read
+			continue
+		default:
+			if errno != syscall.ENODEV && errno != syscall.ECONNABORTED { // unmounted, aborted
+				l.fail(errno)
+			}
+			l.idle.Add(-1)
+			return
+		}
+		if l.idle.Add(-1) == 0 && int(l.threads.Load()) < l.s.o.MaxThreads {
+			l.start()
+		}
+		if n := l.h.handle(r, in[:n], out); n > 0 {
+			l.answer(out[:n])
+		}
+		if int(l.idle.Add(1)) > l.s.o.MaxIdle {
+			l.idle.Add(-1)
+			return
+		}
+	}
+}
+
+func (l *loop) fail(err error) { l.once.Do(func() { l.err = err }) }
+
+func (l *loop) answer(out []byte) {
+	switch errno := l.dev.WriteMessage(out); errno {
+	case 0, syscall.ENOENT, syscall.ENODEV: // nobody waits for it any more
+	default:
+		l.s.logf("answer of %d bytes: %v", len(out), errno)
+	}
+}
