@@ -1,10 +1,14 @@
 package union
 
 import (
+	"context"
 	"syscall"
 
 	"github.com/layerctl/layerctl/internal/sys"
 )
+
+// copyUpIndexed copies up what goes by way of index.
+func (u *upper) copyUpIndexed(ctx context.Context, r *copyRequest) error { return syscall.ENOSYS }
 
 // openIndexed opens (O_PATH) the index entry of a lower object: -1 and nil where there
 // is none. whiteout: all its names in upper were removed.
@@ -12,17 +16,8 @@ func (u *upper) openIndexed(id *fileID) (fd int, whiteout bool, err error) {
 	return -1, false, syscall.ENOSYS
 }
 
-// linkIndexed makes name below dir another name of the index entry of id and sets its
-// link count xattr to what shows shown links.
-func (u *upper) linkIndexed(id *fileID, dir int, name string) error { return syscall.ENOSYS }
-
-// setNlink sets xattr nlink of the file fd, relative to its own link count ('U') or
-// the lower's ('L'); see formatNlink. The kernel does so before a change of links.
-func (u *upper) setNlink(fd int, relTo byte, shown, real uint32) error { return syscall.ENOSYS }
-
-// dropIndexed is called when the last name in upper of an indexed file is gone
-// though the lower still has names (whiteout), or not (the entry is removed).
-func (u *upper) dropIndexed(id *fileID, whiteout bool) error { return syscall.ENOSYS }
+// dropIndexed is called when the last name of an indexed file is gone.
+func (u *upper) dropIndexed(id *fileID) error { return syscall.ENOSYS }
 
 // cleanIndex removes index entries that lead nowhere; lowers are descriptors of
 // the lower roots with the uuid of their file systems. Called once, at Open.

@@ -39,6 +39,7 @@ type upper struct {
 
 	release func() // the claims
 	temp    atomic.Uint64
+	refused refusals
 	shared  sharedWhiteout
 }
 
