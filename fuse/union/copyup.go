@@ -326,7 +326,7 @@ const (
 // copyFlags copies inode flags: sync and noatime themselves, immutable and append
 // as xattr protattr.
 func (u *upper) copyFlags(from int, st *sys.Stat, at spot) error {
-	flags := openFlags(from, st)
+	flags := inodeFlags(from, st)
 	var prot []byte
 	if flags&flagAppend != 0 {
 		prot = append(prot, 'a')
@@ -361,9 +361,9 @@ func (u *upper) copyFlags(from int, st *sys.Stat, at spot) error {
 	return err
 }
 
-// openFlags reads the inode flags of from; 0 where there are none to read. statx
+// inodeFlags reads the inode flags of from; 0 where there are none to read. statx
 // tells two of them, and the others need a descriptor that is not O_PATH.
-func openFlags(from int, st *sys.Stat) uint32 {
+func inodeFlags(from int, st *sys.Stat) uint32 {
 	n, err := openData(from)
 	if err != nil {
 		return 0
