@@ -27,8 +27,10 @@ func (fs *FS) copyUp(n *Node, what copyWhat) error {
 	n.mu.Lock()
 	parent := n.parent // of what is in a lower this does not change
 	n.mu.Unlock()
-	if err := fs.copyUp(parent, copyMeta); err != nil {
-		return err
+	if n.isDir() || !n.has(isDead) {
+		if err := fs.copyUp(parent, copyMeta); err != nil {
+			return err
+		}
 	}
 	parent.change.Lock()
 	defer parent.change.Unlock()
@@ -110,6 +112,7 @@ func (fs *FS) raised(parent, n *Node, r *copyRequest, st *sys.Stat) {
 		fs.table.link(n, false)
 	}
 	parent.dir.copied.Add(1)
+	parent.dir.changed.Add(1)
 }
 
 // copySource opens what is copied up.

@@ -15,6 +15,7 @@ type newObject struct {
 	open         bool   // a regular file is opened, with flags
 	flags        int
 	link         *Node // another name of this one, which is in the upper
+	tmp          bool  // a file without a name, open
 }
 
 // Mkdir makes a directory; mode is as the caller gave it, umask not applied.
@@ -47,7 +48,7 @@ func (fs *FS) Symlink(c Caller, dir *Node, name, target string) (Entry, error) {
 
 // Create makes and opens a regular file; flags are open(2)'s.
 func (fs *FS) Create(c Caller, dir *Node, name string, flags, mode uint32) (Entry, *File, error) {
-	o := &newObject{mode: mode&0o7777 | sys.S_IFREG, open: true, flags: openFlags(flags)}
+	o := &newObject{mode: mode&0o7777 | sys.S_IFREG, open: true, flags: backing(flags)}
 	e, fd, err := fs.create(c, dir, name, o)
 	if err != nil {
 		return Entry{}, nil, err
@@ -78,8 +79,13 @@ func (fs *FS) create(c Caller, dir *Node, name string, o *newObject) (e Entry, f
 	}
 	defer fs.dirs.done(up)
 	m := maker{fs: fs, c: c, dir: dir, up: up.fd, name: name, o: o, fd: -1}
-	if err := m.make(); err != nil {
+	err = m.make()
+	dir.dir.changed.Add(1)
+	if err != nil {
 		return Entry{}, -1, err
+	}
+	if o.link != nil {
+		fs.linked(o.link, dir, name)
 	}
 	return fs.made(dir, up.fd, name, m.fd)
 }
@@ -138,8 +144,7 @@ type maker struct {
 // make makes the object where it is to be by one system call, where that can be
 // done, else in work and moves it.
 func (m *maker) make() error {
-	var f found
-	below, err := m.fs.lowerHas(m.dir, m.name, &f)
+	below, err := m.fs.lowerHas(m.dir, m.name)
 	if err != nil {
 		return err
 	}
@@ -252,6 +257,9 @@ func (m *maker) call(dir int, name string, mode uint32) (err error) {
 	switch {
 	case o.link != nil:
 		return m.fs.linkTo(o.link, dir, name)
+	case o.tmp:
+		m.fd, err = sys.TmpfileBare(dir, o.flags, mode)
+		return err
 	case o.mode&sys.S_IFMT == sys.S_IFDIR:
 		return sys.MkdirBare(dir, name, mode)
 	case o.mode&sys.S_IFMT == sys.S_IFLNK:

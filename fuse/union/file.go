@@ -30,9 +30,9 @@ type openFd struct {
 // backingFlags are those of open(2) that count for the file below.
 const backingFlags = syscall.O_ACCMODE | syscall.O_SYNC | syscall.O_DSYNC | syscall.O_DIRECT | syscall.O_NOATIME
 
-// openFlags makes the flags that a file is opened with below. A file that is
+// backing makes the flags that a file is opened with below. A file that is
 // written is opened for reading too: a cache may have to fill its pages.
-func openFlags(flags uint32) int {
+func backing(flags uint32) int {
 	f := int(flags) & backingFlags
 	if f&syscall.O_ACCMODE != syscall.O_RDONLY {
 		f = f&^syscall.O_ACCMODE | syscall.O_RDWR
@@ -65,7 +65,7 @@ func (fs *FS) Open(n *Node, flags uint32) (*File, error) {
 			return nil, err
 		}
 	}
-	f := &File{fs: fs, node: n, flags: openFlags(flags)}
+	f := &File{fs: fs, node: n, flags: backing(flags)}
 	first := f.flags
 	if trunc {
 		first |= syscall.O_TRUNC

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 
@@ -31,6 +33,7 @@ type FS struct {
 	renames sync.Mutex   // renames between directories, one at a time
 	tree    sync.RWMutex // where directories are
 	dirs    dirCache
+	indexes indexes
 	table   *table
 	copies  map[nameKey]*Node // being copied up; under table.mu
 
@@ -40,9 +43,6 @@ type FS struct {
 	}
 	said sayer
 }
-
-// errNotEmpty is what a directory that shows names is.
-const errNotEmpty = syscall.ENOTEMPTY
 
 // Open opens a union. ctx bounds the wait for an upper that is just being
 // unmounted by another server (5 s at most).
@@ -127,9 +127,25 @@ func (fs *FS) addLayer(path string, upper, data bool) error {
 func (fs *FS) lookAtProcess() {
 	fs.uid, fs.gid = uint32(os.Geteuid()), uint32(os.Getegid())
 	fs.canSetID = fs.uid == 0
-	fs.umask = uint32(sys.Umask(0o022))
-	sys.Umask(int(fs.umask))
+	fs.umask = processUmask()
 	fs.handles = fs.upper != nil
+}
+
+// processUmask reads the umask; changing it to see it would touch what others
+// just make. 0777 where /proc does not say: then every mode is set afterwards.
+func processUmask() uint32 {
+	b, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		return 0o777
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, "Umask:"); ok {
+			if n, err := strconv.ParseUint(strings.TrimSpace(v), 8, 32); err == nil {
+				return uint32(n)
+			}
+		}
+	}
+	return 0o777
 }
 
 func defaultDirs() int {

@@ -115,10 +115,32 @@ func (fs *FS) find(dir *Node, name string, f *found, from int) error {
 	if dir.has(isDead) {
 		return syscall.ENOENT
 	}
-	if err := d.run(dir, f, max(from, 0)); err != nil {
-		return err
+	if len(dir.dir.lowers) > 0 {
+		if from < 0 {
+			from = d.start(dir)
+		}
+		if err := d.run(dir, f, from); err != nil {
+			return err
+		}
 	}
 	return fs.finishFind(dir, name, f)
+}
+
+// start is the number of the first lower of dir to look into.
+func (d *lowerSearch) start(dir *Node) int {
+	if d.absolute() {
+		return 0
+	}
+	ix := d.fs.indexOf(dir)
+	if ix == nil {
+		return 0
+	}
+	e := ix.get(d.name)
+	if e == nil || e.flags&itemHidden != 0 {
+		return len(dir.dir.lowers)
+	}
+	d.only = e.flags&itemMore == 0
+	return int(e.lower)
 }
 
 // finishFind says what the result is.
@@ -134,6 +156,9 @@ func (fs *FS) finishFind(dir *Node, name string, f *found) error {
 		return nil
 	case len(f.lowers) > 0:
 		return nil
+	}
+	if !f.covered && len(dir.dir.lowers) > 0 && dir.dir.index.Load() == nil && !dir.has(isDead) {
+		fs.missed(dir, name)
 	}
 	return syscall.ENOENT
 }
@@ -240,6 +265,7 @@ type lowerSearch struct {
 	isDir    bool   // a directory was found: only directories merge with it
 	metacopy bool   // a file without data was found: only a regular file goes on from it
 	stop     bool
+	only     bool // no further lower of this directory has the name
 }
 
 // redirect sets what is looked for from here on; "": as before.
@@ -277,6 +303,9 @@ func (d *lowerSearch) run(dir *Node, f *found, from int) error {
 		was := d.redir
 		if err := d.one(base, f); err != nil {
 			return err
+		}
+		if d.only && !d.redir {
+			break
 		}
 		if d.absolute() && !atRoot && (!was || d.redir) {
 			stack, atRoot = d.fs.root.dir.lowers, true
@@ -474,9 +503,13 @@ func (fs *FS) aufsOpaque(fd int, name string) bool {
 func (fs *FS) hasData() bool { return len(fs.config.DataLowers) > 0 }
 
 // lowerHas tells whether a lower of dir shows name, whatever the upper has.
-func (fs *FS) lowerHas(dir *Node, name string, f *found) (bool, error) {
+func (fs *FS) lowerHas(dir *Node, name string) (bool, error) {
 	if len(dir.dir.lowers) == 0 {
 		return false, nil
+	}
+	if ix := fs.indexOf(dir); ix != nil {
+		e := ix.get(name)
+		return e != nil && e.flags&itemHidden == 0, nil
 	}
 	dir.dir.mu.Lock()
 	missed := dir.dir.miss == name
@@ -484,9 +517,48 @@ func (fs *FS) lowerHas(dir *Node, name string, f *found) (bool, error) {
 	if missed {
 		return false, nil
 	}
-	d := lowerSearch{fs: fs, name: name}
-	if err := d.run(dir, f, 0); err != nil {
-		return false, err
+	for _, r := range dir.dir.lowers {
+		found, hidden, err := fs.realHas(r, name)
+		if found || hidden || err != nil {
+			return found && !hidden, err
+		}
 	}
-	return f.hasLow || len(f.lowers) > 0, nil
+	fs.missed(dir, name)
+	return false, nil
+}
+
+// missed remembers that no lower of dir has a name: whoever looks for one that is
+// not there may be about to make it.
+func (fs *FS) missed(dir *Node, name string) {
+	dir.dir.mu.Lock()
+	dir.dir.miss = name
+	dir.dir.mu.Unlock()
+}
+
+// realHas tells whether a lower directory has a name, and whether it is hidden
+// there and below.
+func (fs *FS) realHas(r *realDir, name string) (found, hidden bool, err error) {
+	d, err := fs.real(r)
+	if err != nil {
+		return false, false, err
+	}
+	defer fs.dirs.done(d)
+	var st sys.Stat
+	err = sys.StatBare(d.fd, name, &st)
+	switch {
+	case err == syscall.ENOENT || err == syscall.ENAMETOOLONG:
+		if fs.config.AUFSWhiteouts && len(name) <= nameMax-len(aufsPrefix) {
+			hidden = sys.StatBare(d.fd, aufsPrefix+name, &st) == nil
+		}
+		return false, hidden, nil
+	case err != nil:
+		return false, false, err
+	case st.IsWhiteout() || fs.aufsName(name):
+		return false, true, nil
+	case fs.isXWhiteout(&st, r.xwhiteouts):
+		var facts facts
+		err = fs.readFacts(d.fd, name, &facts)
+		return !facts.whiteout, facts.whiteout, err
+	}
+	return true, false, nil
 }

@@ -59,15 +59,17 @@ const (
 
 // dirState is what directories have more.
 type dirState struct {
-	up     dirHandle
-	lowers []*realDir // merged, nearest first; does not change
-	copied atomic.Uint32
-	acl    atomic.Uint32 // a default ACL in the upper: one of the acl constants
+	up      dirHandle
+	lowers  []*realDir    // merged, nearest first; does not change
+	copied  atomic.Uint32 // counts copy-ups of what is in it
+	changed atomic.Uint32 // counts changes of its names in the upper
+	looks   atomic.Uint32 // counts looks into the lowers
+	index   atomic.Pointer[lowerIndex]
+	acl     atomic.Uint32 // a default ACL in the upper: one of the acl constants
 
 	mu       sync.Mutex
 	redirect string // in the upper, as on disk
 	miss     string // the last name that no lower was found to have; they never will
-	index    *lowerIndex
 }
 
 const (
@@ -130,7 +132,6 @@ type place struct {
 	dir   *dirFd
 	upper bool
 	ino   uint64 // what must be there
-	node  *Node
 }
 
 func (fs *FS) leave(p *place) { fs.dirs.done(p.dir); p.dir = nil }
@@ -146,10 +147,10 @@ func (fs *FS) locate(n *Node, p *place) (err error) {
 	switch {
 	case n.isDir() && p.upper:
 		p.dir, err = fs.upperDir(n)
-		p.name = ""
+		p.name = "."
 	case n.isDir():
 		p.dir, err = fs.real(n.dir.lowers[0])
-		p.name = ""
+		p.name = "."
 		p.ino = n.dir.lowers[0].ino
 	case !p.upper:
 		p.dir, err = fs.real(low.dir)
@@ -179,6 +180,9 @@ func (fs *FS) stat(n *Node, st *sys.Stat) error {
 		var p place
 		err := fs.locate(n, &p)
 		if err == nil {
+			if n.isDir() {
+				p.name = "" // asks for no search permission
+			}
 			err = sys.StatBare(p.fd, p.name, st)
 			fs.leave(&p)
 			if err == nil && st.Ino == p.ino {

@@ -20,11 +20,12 @@ type Dir struct {
 
 	mu   sync.Mutex
 	fd   int // of the one real directory, for reading; -1
-	buf  []byte
+	buf  *[]byte
 	rest []byte   // of buf, not looked at yet
 	at   uint64   // cookie of rest's beginning
 	real *realDir // whose fd that is; nil: the upper
-	list *dirList
+	list *names
+	seen uint32 // dirState.changed when the list was made
 }
 
 const firstCookie = 3
@@ -157,6 +158,7 @@ func (d *Dir) walk(off uint64, f func(*dirItem) (bool, error)) error {
 func (d *Dir) start() error {
 	n := d.node
 	if n.merged() {
+		d.seen = n.dir.changed.Load()
 		list, err := d.fs.mergedList(n)
 		d.list = list
 		d.at = firstCookie
@@ -194,11 +196,11 @@ func (d *Dir) walkStream(off uint64, f func(*dirItem) (bool, error)) error {
 	}
 	for {
 		if len(d.rest) == 0 {
-			n, err := sys.DirentsBare(d.fd, d.buf)
+			n, err := sys.DirentsBare(d.fd, *d.buf)
 			if err != nil || n == 0 {
 				return err
 			}
-			d.rest = d.buf[:n]
+			d.rest = (*d.buf)[:n]
 		}
 		var e sys.BareDirent
 		rest, ok := sys.NextDirent(d.rest, &e)
@@ -241,7 +243,7 @@ func (fs *FS) hidden(r *realDir, fd int, e *sys.BareDirent) (bool, error) {
 	if r != nil && r.xwhiteouts && e.Type == sys.S_IFREG {
 		check = true
 	}
-	if fs.config.AUFSWhiteouts && len(e.Name) >= len(aufsPrefix) && string(e.Name[:len(aufsPrefix)]) == aufsPrefix {
+	if fs.config.AUFSWhiteouts && hasPrefix(e.Name, aufsPrefix) {
 		return true, nil
 	}
 	if !check {
@@ -273,9 +275,13 @@ func (fs *FS) hidden(r *realDir, fd int, e *sys.BareDirent) (bool, error) {
 func (d *Dir) walkList(off uint64, f func(*dirItem) (bool, error)) error {
 	at := max(off, firstCookie) - firstCookie
 	d.at = off
+	n := d.node
 	for ; at < uint64(len(d.list.items)); at++ {
 		e := &d.list.items[at]
-		i := dirItem{name: d.list.name(e), ino: e.ino, typ: e.typ, next: at + 1 + firstCookie, lower: -1}
+		i := dirItem{name: d.list.name(e), ino: e.ino, typ: uint32(e.typ) << 12, next: at + 1 + firstCookie, lower: -1}
+		if !n.has(inUpper) || d.seen == n.dir.changed.Load() {
+			i.lower = int(e.lower) // the upper has not got the name meanwhile
+		}
 		more, err := f(&i)
 		if err != nil || !more {
 			return err
@@ -289,5 +295,5 @@ const dirBufSize = 64 << 10
 
 var dirBufs = sync.Pool{New: func() any { b := make([]byte, dirBufSize); return &b }}
 
-func getDirBuf() []byte  { return *dirBufs.Get().(*[]byte) }
-func putDirBuf(b []byte) { dirBufs.Put(&b) }
+func getDirBuf() *[]byte  { return dirBufs.Get().(*[]byte) }
+func putDirBuf(b *[]byte) { dirBufs.Put(b) }

@@ -87,9 +87,8 @@ func (fs *FS) findVictim(dir *Node, name string, v *victim) error {
 	if !v.f.upper {
 		v.below = true
 	} else {
-		var low found
 		var err error
-		if v.below, err = fs.lowerHas(dir, name, &low); err != nil {
+		if v.below, err = fs.lowerHas(dir, name); err != nil {
 			return err
 		}
 	}
@@ -113,9 +112,12 @@ func (fs *FS) removeVictim(dir *Node, name string, v *victim) error {
 		err = fs.upper.whiteout(up.fd, name)
 	case v.below:
 		err = fs.upper.removeCovered(up.fd, name)
+	case isDir:
+		err = fs.upper.removePure(up.fd, name, true)
 	default:
-		err = fs.upper.removePure(up.fd, name, isDir)
+		err = sys.UnlinkBare(up.fd, name, 0)
 	}
+	dir.dir.changed.Add(1)
 	if err != nil {
 		undo()
 		return err
@@ -180,12 +182,7 @@ func (fs *FS) lost(dir *Node, name string, v *victim) {
 	if n == nil {
 		return
 	}
-	if v.f.st.IsDir() {
-		n.set(isDead)
-		fs.dirs.drop(&n.dir.up)
-		return
-	}
-	if !v.upper || v.f.st.Nlink == 1 {
+	if v.f.st.IsDir() || !v.upper || v.f.st.Nlink == 1 {
 		var a Attr
 		fs.show(n, &v.f.st, &a)
 		a.Nlink = 0
@@ -194,6 +191,9 @@ func (fs *FS) lost(dir *Node, name string, v *victim) {
 			n.mu.Lock()
 			n.extra().last = a
 			n.mu.Unlock()
+		}
+		if n.isDir() {
+			fs.dirs.drop(&n.dir.up)
 		}
 		return
 	}

@@ -77,7 +77,10 @@ func (m *move) try() (up *Node, err error) {
 	}
 	unlockNodes := lockNodes(m.src.node, m.dst.node)
 	defer unlockNodes()
-	return nil, m.do()
+	err = m.do()
+	m.olddir.dir.changed.Add(1)
+	m.newdir.dir.changed.Add(1)
+	return nil, err
 }
 
 // look finds what is at both names.
