@@ -28,6 +28,9 @@ func (d *Driver) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o laye
 	if !s.writable() {
 		return fmt.Errorf("is not writable: %w", errdefs.ErrFailedPrecondition)
 	}
+	if err := refuseRebasing(s); err != nil {
+		return err
+	}
 	if !s.about.IDMap.IsZero() {
 		return fmt.Errorf("has an id map, and an archive has container ids: %w", errdefs.ErrNotImplemented)
 	}

@@ -36,7 +36,7 @@ func (d *Driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOpti
 	if err := drivers.Step(ctx, "overlay: commit: checked"); err != nil {
 		return none, err
 	}
-	c, err := d.prepareCommit(ctx, s, r)
+	c, err := d.prepareCommit(ctx, s, r, o)
 	if err != nil {
 		return none, err
 	}
@@ -79,6 +79,9 @@ func (d *Driver) checkCommit(ctx context.Context, s *state, r drivers.Ref) error
 	if s.about.Parent != 0 && s.about.Parent != parent {
 		return fmt.Errorf("was made on %s, not on %s: %w", s.about.Parent, name(parent), errdefs.ErrInvalidArgument)
 	}
+	if s.rebase != nil && s.rebase.Parent != parent {
+		return refuseRebasing(s)
+	}
 	if err := d.refuseLostVolatile(s); err != nil {
 		return err
 	}
@@ -86,7 +89,7 @@ func (d *Driver) checkCommit(ctx context.Context, s *state, r drivers.Ref) error
 }
 
 // prepareCommit makes the layer's directory right for its final parents.
-func (d *Driver) prepareCommit(ctx context.Context, s *state, r drivers.Ref) (committed, error) {
+func (d *Driver) prepareCommit(ctx context.Context, s *state, r drivers.Ref, o drivers.CommitOptions) (committed, error) {
 	c := committed{Metacopy: s.about.Metacopy}
 	if len(r.Parents) > 0 {
 		p, err := d.parentState(r)
@@ -96,7 +99,7 @@ func (d *Driver) prepareCommit(ctx context.Context, s *state, r drivers.Ref) (co
 		c.Parent, c.Metacopy = p.id, c.Metacopy || p.metacopy()
 	}
 	if s.applied {
-		if err := d.rebase(ctx, s, r); err != nil {
+		if err := d.rebase(ctx, s, r, o.Volatile); err != nil {
 			return c, err
 		}
 	}
@@ -134,7 +137,7 @@ func (d *Driver) strip(ctx context.Context, dir *sys.Fd, s *state) {
 			fs.Close()
 		}
 	}
-	for _, n := range []string{workDir, appliedFile, volatileFile} {
+	for _, n := range []string{workDir, appliedFile, rebaseFile, rebaseDir, volatileFile} {
 		_ = removeTree(ctx, dir, n)
 	}
 }

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
-	"syscall"
 
 	"github.com/containerd/errdefs"
 
@@ -166,83 +164,11 @@ func (d *Driver) copyRoot(fs *sys.Fd, parent drivers.ID, m drivers.IDMap) error 
 		return err
 	}
 	defer from.Close()
-	return copyMetadata(fs, from, m)
-}
-
-// copyMetadata gives directory to the owner, mode, xattrs and times of from.
-// overlayfs's own xattrs belong to one place in one layer and are not copied.
-func copyMetadata(to, from *sys.Fd, m drivers.IDMap) error {
-	s, err := from.Stat("")
+	have, err := readMetadata(from)
 	if err != nil {
 		return err
 	}
-	if err := to.Chown("", shift(m.UIDs, s.UID), shift(m.GIDs, s.GID)); err != nil {
-		return err
-	}
-	if err := copyXattrs(to, from); err != nil {
-		return err
-	}
-	if err := to.Chmod(s.Mode & 0o7777); err != nil {
-		return err
-	}
-	return to.Utimes("", s.Atime, s.Mtime)
-}
-
-// copyXattrs makes the xattrs of to those of from.
-func copyXattrs(to, from *sys.Fd) error {
-	want, err := layerXattrs(from)
-	if err != nil {
-		return err
-	}
-	have, err := layerXattrs(to)
-	if err != nil {
-		return err
-	}
-	for n := range have {
-		if _, ok := want[n]; !ok {
-			if err := to.Removexattr("", n); err != nil && !isAbsentXattr(err) {
-				return err
-			}
-		}
-	}
-	for n, v := range want {
-		if have[n] == v {
-			continue
-		}
-		if err := to.Setxattr("", n, v); err != nil && n != "security.selinux" { // the policy's to give
-			return err
-		}
-	}
-	return nil
-}
-
-// layerXattrs reads the xattrs that belong to the tree and not to overlayfs.
-func layerXattrs(f *sys.Fd) (map[string]string, error) {
-	names, err := f.Listxattr("")
-	if err != nil {
-		return nil, err
-	}
-	m := map[string]string{}
-	for _, n := range names {
-		if strings.HasPrefix(n, "trusted.overlay.") || strings.HasPrefix(n, "user.overlay.") || strings.HasPrefix(n, "btrfs.") ||
-			strings.HasPrefix(n, "trusted.SGI_ACL_") {
-			continue // as layer.ReadEntry
-		}
-		v, err := f.Getxattr("", n)
-		if isAbsentXattr(err) {
-			continue
-		}
-		if err != nil {
-			return nil, err
-		}
-		m[n] = v
-	}
-	return m, nil
-}
-
-// isAbsentXattr reports whether err says that there is no such xattr here.
-func isAbsentXattr(err error) bool {
-	return errors.Is(err, syscall.ENODATA) || errors.Is(err, syscall.EOPNOTSUPP)
+	return have.shifted(m).put(fs, func() error { return nil })
 }
 
 // publish renames the finished directory; the last step.

@@ -13,6 +13,8 @@
 //	ROOT/ID/work/        overlayfs's scratch; gone once the layer is committed
 //	ROOT/ID/about.json   what Create was asked for
 //	ROOT/ID/applied.json directories that Apply made up, until a Commit names parents
+//	ROOT/ID/rebase.json  what a Commit changes to fit the layer to parents; before the first change
+//	ROOT/ID/rebase/      what is on its way to another place meanwhile
 //	ROOT/ID/volatile     the boot in which the layer was mounted with "volatile"
 //	ROOT/ID/committed.json  the layer is frozen: usage and parent; written last
 //	ROOT/ID.new/         Create has not finished

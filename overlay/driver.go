@@ -167,12 +167,3 @@ func (d *Driver) isOpaque(dir *sys.Fd) (bool, error) {
 	v, err := optionalXattr(dir, "", d.xattr("opaque"))
 	return v == "y", err
 }
-
-// optionalXattr reads an xattr, "" where it is not there or cannot be.
-func optionalXattr(dir *sys.Fd, name, attr string) (string, error) {
-	v, err := dir.Getxattr(name, attr)
-	if isAbsentXattr(err) {
-		return "", nil
-	}
-	return v, err
-}

@@ -30,6 +30,8 @@ const (
 	workDir       = "work"
 	aboutFile     = "about.json"
 	appliedFile   = "applied.json"
+	rebaseFile    = "rebase.json"
+	rebaseDir     = "rebase"
 	volatileFile  = "volatile"
 	committedFile = "committed.json"
 
@@ -72,8 +74,9 @@ func (a *applied) implies(p string) bool {
 type state struct {
 	id        drivers.ID
 	about     about
-	committed *committed // nil: writable, or a view
-	applied   bool       // it was applied without parents, which Commit may still name
+	committed *committed  // nil: writable, or a view
+	applied   bool        // it was applied without parents, which Commit may still name
+	rebase    *rebasePlan // a Commit has begun to fit it to parents; nil: none has
 }
 
 // parent returns the layer below: Commit may have given another than Create.
@@ -116,8 +119,14 @@ func (d *Driver) load(id drivers.ID) (*state, error) {
 	case !errors.Is(err, os.ErrNotExist):
 		return nil, fmt.Errorf("layer %s: %w", id, err)
 	}
+	if s.committed != nil {
+		return s, nil
+	}
 	if _, err := dir.Stat(appliedFile); err == nil {
-		s.applied = s.committed == nil
+		s.applied = true
+	}
+	if s.rebase, err = loadRebase(dir); err != nil {
+		return nil, fmt.Errorf("layer %s: %w", id, err)
 	}
 	return s, nil
 }

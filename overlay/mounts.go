@@ -49,6 +49,11 @@ func (d *Driver) Mounts(ctx context.Context, r drivers.Ref, o drivers.MountOptio
 }
 
 func (d *Driver) mountsOf(s *state, r drivers.Ref, o drivers.MountOptions) ([]mount.Mount, error) {
+	if !o.ReadOnly {
+		if err := refuseRebasing(s); err != nil {
+			return nil, err
+		}
+	}
 	p, err := d.plan(s, r, o)
 	if err != nil {
 		return nil, err

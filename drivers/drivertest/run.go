@@ -54,7 +54,7 @@ type testCase struct {
 // cases is the suite. A case belongs to the file of its concept.
 func cases() []testCase {
 	return slices.Concat(lifecycleCases, mountCases, stackCases, usageCases, exactCases(), busyCases,
-		parallelCases, stepCases, differenceCases, modelCases, powerCases)
+		parallelCases, stepCases, rebaseCases, differenceCases, modelCases, powerCases)
 }
 
 // Run runs the whole suite, as subtests FS/CASE. It prints for each file system
