@@ -144,7 +144,7 @@ func TestOptions(t *testing.T) {
 		"writeback=0":            func(o *options) { o.writeback = false },
 		"noxattrs=1":             func(o *options) { o.noXattrs = true },
 		"timeout=1.5":            func(o *options) { o.timeout = 1500 * time.Millisecond },
-		"timeout=0":              func(o *options) { o.timeout = 1 },
+		"timeout=0":              func(o *options) { o.timeout = -1 },
 		"max_idle_threads=3":     func(o *options) { o.maxIdle = 3 },
 		"max_threads=4":          func(o *options) { o.maxThreads = 4 },
 		"redirect_dir=off":       func(o *options) { o.union.Redirect = union.RedirectFollow },

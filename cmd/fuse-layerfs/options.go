@@ -76,7 +76,9 @@ var settings = map[string]setting{
 		if err != nil || !(seconds >= 0) || seconds > 1e9 {
 			return errors.New("must be a number of seconds")
 		}
-		o.timeout = max(time.Duration(seconds*float64(time.Second)), time.Nanosecond) // 0 would be the default
+		if o.timeout = time.Duration(seconds * float64(time.Second)); o.timeout == 0 {
+			o.timeout = -1 // not the server's default
+		}
 		return nil
 	},
 	"passthrough": (*options).setPassthrough,

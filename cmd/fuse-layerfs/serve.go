@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -24,6 +25,7 @@ import (
 func serve(c *commandLine, stderr io.Writer, ready *readiness) error {
 	_ = sys.SetName(program)
 	debug.SetGCPercent(gcPercent)
+	runtime.GOMAXPROCS(max(processors, runtime.NumCPU()))
 	log, err := openLog(c.options.log, stderr)
 	if err != nil {
 		return err
@@ -64,6 +66,12 @@ func serve(c *commandLine, stderr io.Writer, ready *readiness) error {
 // gcPercent: what lives are nodes, so the heap may grow by half before it is
 // searched for what does not.
 const gcPercent = 50
+
+// processors is how many goroutines may run at a time. A thread that waits for a
+// request counts as one for as long as the runtime does not look closer, and where
+// more are allowed than wait it seldom does: that is half of what a small request
+// costs.
+const processors = 8
 
 func absolute(target string) (string, error) {
 	if _, ok := inherited(target); ok {

@@ -15,7 +15,7 @@ type dir struct {
 func (d *dir) close() error { return d.d.Close() }
 
 // dots are the entries that the union does not list: "." and ".." come first,
-// so the union's offsets are shifted by two.
+// with offsets behind them that the union does not use.
 const dots = 2
 
 func (s *Server) opendir(r *request) (int, fuse.Status) {
@@ -102,7 +102,10 @@ func (s *Server) startDir(r *request, plus bool) (d *dir, l *entries, off uint64
 			return d, l, off, false, fuse.OK
 		}
 	}
-	return d, l, off - dots, true, fuse.OK
+	if off == dots {
+		off = 0 // where the union's entries begin
+	}
+	return d, l, off, true, fuse.OK
 }
 
 // dotIno is the inode number of ".", or of ".." if which is 1.
@@ -123,7 +126,7 @@ func (s *Server) readdir(r *request) (int, fuse.Status) {
 		return l.size(), st
 	}
 	err := d.d.Read(off, func(e union.DirEntry) bool {
-		_, ok := l.add(e.Name, e.Ino, e.Next+dots, e.Type, false)
+		_, ok := l.add(e.Name, e.Ino, e.Next, e.Type, false)
 		return ok
 	})
 	return l.end(err)
@@ -135,7 +138,7 @@ func (s *Server) readdirplus(r *request) (int, fuse.Status) {
 		return l.size(), st
 	}
 	err := d.d.ReadPlus(off, func(e union.DirEntry, x union.Entry) bool {
-		node, ok := l.add(e.Name, e.Ino, e.Next+dots, e.Type, true)
+		node, ok := l.add(e.Name, e.Ino, e.Next, e.Type, true)
 		if ok && x.Node != nil { // without one the kernel looks the name up
 			s.setEntry(sys.View[fuse.EntryOut](node), &x)
 		}

@@ -83,10 +83,14 @@ func (l *loop) thread() {
 		if l.idle.Add(-1) == 0 && int(l.threads.Load()) < l.s.o.MaxThreads {
 			l.start()
 		}
-		if n := l.h.handle(r, in[:n], out); n > 0 {
+		n = l.h.handle(r, in[:n], out)
+		// Whoever gets the answer may send its next request before write(2) returns:
+		// this thread is as good as idle.
+		idle := int(l.idle.Add(1))
+		if n > 0 {
 			l.answer(out[:n])
 		}
-		if int(l.idle.Add(1)) > l.s.o.MaxIdle {
+		if idle > l.s.o.MaxIdle {
 			l.idle.Add(-1)
 			return
 		}

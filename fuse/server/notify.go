@@ -82,7 +82,7 @@ func (s *Server) notifyInode(node uint64, off int64) {
 		msg := struct {
 			fuse.OutHeader
 			fuse.NotifyInvalInodeOut
-		}{fuse.OutHeader{Status: fuse.NOTIFY_INVAL_INODE}, fuse.NotifyInvalInodeOut{Ino: id, Off: off}}
+		}{fuse.OutHeader{Status: -fuse.NOTIFY_INVAL_INODE}, fuse.NotifyInvalInodeOut{Ino: id, Off: off}}
 		s.notify(sys.Bytes(&msg))
 	}
 }
@@ -91,7 +91,7 @@ func (s *Server) notifyEntry(parent uint64, name string) {
 	msg := struct {
 		fuse.OutHeader
 		fuse.NotifyInvalEntryOut
-	}{fuse.OutHeader{Status: fuse.NOTIFY_INVAL_ENTRY}, fuse.NotifyInvalEntryOut{Parent: parent, NameLen: uint32(len(name))}}
+	}{fuse.OutHeader{Status: -fuse.NOTIFY_INVAL_ENTRY}, fuse.NotifyInvalEntryOut{Parent: parent, NameLen: uint32(len(name))}}
 	s.notify(append(append(sys.Bytes(&msg), name...), 0))
 }
 

@@ -14,7 +14,8 @@ import (
 // Options say how a union is served. The zero value is a sensible mount of an
 // ordinary user.
 type Options struct {
-	// Timeout is how long the kernel may keep names and attributes; 0: a day.
+	// Timeout is how long the kernel may keep names and attributes; 0: a day,
+	// below 0: not at all.
 	Timeout time.Duration
 	// Passthrough says which files the kernel reads and writes by itself.
 	Passthrough Passthrough
@@ -35,7 +36,7 @@ type Options struct {
 	// MaxBackground is how many requests nobody waits for may be under way; 0: 64.
 	MaxBackground int
 	// MaxThreads bounds the threads that answer requests, MaxIdle those that are
-	// kept waiting for one. 0: 64 and 2.
+	// kept waiting for one. 0: 64 and 4.
 	MaxThreads, MaxIdle int
 	// Debug logs every request.
 	Debug bool
@@ -47,6 +48,7 @@ func (o *Options) setDefaults() {
 	if o.Timeout == 0 {
 		o.Timeout = 24 * time.Hour
 	}
+	o.Timeout = max(o.Timeout, 0)
 	if o.MaxBackground == 0 {
 		o.MaxBackground = 64
 	}
@@ -54,7 +56,7 @@ func (o *Options) setDefaults() {
 		o.MaxThreads = 64
 	}
 	if o.MaxIdle == 0 {
-		o.MaxIdle = 2
+		o.MaxIdle = 4
 	}
 	if o.StackDepth == 0 {
 		o.StackDepth = 1
