@@ -188,7 +188,7 @@ func describeOne(t testing.TB, p, rel string) string {
 		if len(v) > 100 {
 			v = fmt.Sprintf("%d bytes, %x", len(v), sha256.Sum256([]byte(v)))
 		}
-		s += fmt.Sprintf(" %s=%q", n, v)
+		s += " " + n + "=" + strings.ReplaceAll(fmt.Sprintf("%q", v), " ", `\x20`)
 	}
 	return s
 }
