@@ -117,6 +117,9 @@ func (d *Driver) measure(ctx context.Context, r drivers.Ref, c *committed) error
 	if err != nil {
 		return err
 	}
+	if found.nested != "" {
+		return nestedError(found.nested)
+	}
 	if len(found.whiteouts) > 0 {
 		return fmt.Errorf("%q is what overlayfs deletes with, layers above would not have it: remove it: %w",
 			found.whiteouts[0], errdefs.ErrFailedPrecondition)

@@ -63,7 +63,7 @@ func (d *Driver) diff(ctx context.Context, from, to drivers.Ref, yield func(laye
 // sameInode: all layers lie on one file system, and a mount of lowers only
 // shows the number of the file that is seen (fs/overlayfs/inode.c:ovl_getattr,
 // 6.18: that of the origin is shown for an upper alone). So one number is one
-// file.
+// file: there is no subvolume in a layer (refuseNested).
 func sameInode(from, to *sys.Stat) bool { return from.Ino == to.Ino }
 
 // tree is a layer's merged tree, read-only and attached nowhere.
@@ -89,6 +89,9 @@ func (d *Driver) tree(ctx context.Context, r drivers.Ref) (*tree, error) {
 	}
 	s, err := d.loadRef(r)
 	if err != nil {
+		return nil, err
+	}
+	if err := d.refuseNested(ctx, s); err != nil {
 		return nil, err
 	}
 	t := &tree{}

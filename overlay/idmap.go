@@ -116,13 +116,18 @@ func (d *Driver) unshift(ctx context.Context, s *state) error {
 		return err
 	}
 	defer to.Close()
-	u := unshifter{ctx: ctx, back: inverse(s.about.IDMap)}
+	st, err := to.Stat("")
+	if err != nil {
+		return err
+	}
+	u := unshifter{ctx: ctx, back: inverse(s.about.IDMap), dev: st.Dev}
 	return u.file(from, to, "")
 }
 
 type unshifter struct {
 	ctx  context.Context
 	back drivers.IDMap // from host to container ids
+	dev  uint64        // of the layer
 	n    int
 }
 
@@ -138,6 +143,9 @@ func (u *unshifter) file(from, to *sys.Fd, name string) error {
 	st, err := to.Stat(name)
 	if err != nil {
 		return err
+	}
+	if isNested(&st, u.dev) {
+		return nestedError(to.Name() + "/" + name)
 	}
 	if _, err := u.target(from, to, name, &st); err != nil {
 		return err

@@ -77,7 +77,12 @@ func (d *Driver) removeTree(ctx context.Context, name string) error {
 // removeTree deletes name in dir with all below it; nil if it is not there.
 func removeTree(ctx context.Context, dir *sys.Fd, name string) error {
 	r := remover{ctx: ctx, top: dir, base: name}
-	return r.remove(dir, name, 0)
+	err := r.remove(dir, name, 0)
+	if errors.Is(err, syscall.EROFS) {
+		return fmt.Errorf("a read-only btrfs subvolume is in the layer, or the file system is read-only: "+
+			"delete the subvolume (btrfs subvolume delete), then remove the layer again: %w", err)
+	}
+	return err
 }
 
 // maxOpen bounds the descriptors that a removal holds: one for each level.
@@ -147,6 +152,10 @@ func (r *remover) moveUp(dir *sys.Fd, name string) error {
 	for {
 		r.moved++
 		err := dir.Rename(name, top, fmt.Sprintf("deep.%d", r.moved), sys.RENAME_NOREPLACE)
+		if errors.Is(err, syscall.EXDEV) { // a subvolume is in between: take it apart where it is
+			inner := remover{ctx: r.ctx, top: dir, base: name}
+			return inner.remove(dir, name, 0)
+		}
 		if !errors.Is(err, syscall.EEXIST) {
 			return err
 		}

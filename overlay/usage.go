@@ -29,6 +29,7 @@ type census struct {
 	usage     drivers.Usage
 	metacopy  bool     // files without data
 	whiteouts []string // paths, if asked for
+	nested    string   // the first btrfs subvolume in the layer
 }
 
 type surveyOptions struct {
@@ -43,7 +44,8 @@ type surveyor struct {
 	o    surveyOptions
 	w    layer.Whiteouts
 	c    census
-	seen map[uint64]struct{} // inodes of several names; a layer is on one file system
+	dev  uint64
+	seen map[[2]uint64]struct{} // devices and inodes of files of several names
 	n    int
 }
 
@@ -53,11 +55,12 @@ func (d *Driver) survey(ctx context.Context, id drivers.ID, o surveyOptions) (ce
 		return census{}, err
 	}
 	defer fs.Close()
-	v := surveyor{ctx: ctx, d: d, o: o, w: d.whiteouts(), seen: map[uint64]struct{}{}}
+	v := surveyor{ctx: ctx, d: d, o: o, w: d.whiteouts(), seen: map[[2]uint64]struct{}{}}
 	s, err := fs.Stat("")
 	if err != nil {
 		return census{}, err
 	}
+	v.dev = s.Dev
 	v.add(&s)
 	err = v.dir(fs, "")
 	return v.c, err
@@ -108,16 +111,19 @@ func (v *surveyor) entry(dir *sys.Fd, path, name string) error {
 // add counts one inode once.
 func (v *surveyor) add(s *sys.Stat) {
 	if s.Nlink > 1 && !s.IsDir() {
-		if _, twice := v.seen[s.Ino]; twice {
+		if _, twice := v.seen[[2]uint64{s.Dev, s.Ino}]; twice {
 			return
 		}
-		v.seen[s.Ino] = struct{}{}
+		v.seen[[2]uint64{s.Dev, s.Ino}] = struct{}{}
 	}
 	v.c.usage.Inodes++
 	v.c.usage.Bytes += s.Blocks * 512
 }
 
 func (v *surveyor) examine(dir *sys.Fd, path, name string, s *sys.Stat) error {
+	if v.c.nested == "" && isNested(s, v.dev) {
+		v.c.nested = path
+	}
 	if v.o.whiteouts {
 		is, err := v.w.IsWhiteout(dir, name, s)
 		if err != nil {
