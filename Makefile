@@ -11,7 +11,7 @@ ifeq ($(shell id -u),0)
 export LAYERCTL_EXPECT := root
 endif
 
-.PHONY: all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman images install man clean
+.PHONY: all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman images install man clean
 
 all: build
 
@@ -31,6 +31,7 @@ deps: ## what the tests need, from Debian packages, when missing
 test: deps build ## every test
 	scripts/gotest.sh $(PKGS)
 	cd bench/peers && $(GO) vet ./...
+	cd bench/fuse && $(GO) vet ./...
 
 check: deps lint race fuzz ## what CI runs
 
@@ -43,6 +44,7 @@ fmt:
 vet:
 	$(GO) vet $(PKGS)
 	cd bench/peers && $(GO) vet ./...
+	cd bench/fuse && $(GO) vet ./...
 
 staticcheck:
 	$(GO) tool -modfile=tools/go.mod staticcheck $(PKGS)
@@ -62,6 +64,9 @@ stress: ## slow: the store under eight processes and a killer, a minute a driver
 
 bench: ## the benchmarks, peers beside ours; bench/RESULTS.md says how its figures were made
 	cd bench/peers && $(GO) run . -runs 9
+
+bench-fuse: build ## unions beside each other: NEWEST and LOOPBACK may name builds of fuse-overlayfs and of go-fuse's loopback
+	cd bench/fuse && $(GO) run . -runs 5 -newest "$(NEWEST)" -loopback "$(LOOPBACK)"
 
 # Suites of others, which are not in this repository: DIR is a directory in which one
 # is built, KIND is `kernel` or a program with fuse-overlayfs's command line.

@@ -1,0 +1,3 @@
+module github.com/layerctl/layerctl/bench/fuse
+
+go 1.26.6
