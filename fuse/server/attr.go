@@ -35,17 +35,17 @@ func setAttr(to *fuse.Attr, a *union.Attr) {
 
 // attrValid says how long attributes hold: not at all while somebody may write
 // the file through a mapping that neither the kernel's inode nor we hear of.
-func (s *Server) attrValid(node uint64) validity {
-	if s.opens.mapped.Load() > 0 && s.opens.mayBeMapped(node) {
+func (s *Server) attrValid(nodeid uint64) validity {
+	if s.opens.mapped.Load() > 0 && s.opens.mayBeMapped(nodeid) {
 		return validity{}
 	}
 	return s.valid
 }
 
 func (s *Server) setEntry(to *fuse.EntryOut, e *union.Entry) {
-	id := e.Node.ID()
+	id := s.opens.nodeid(e.Node.ID())
 	valid := s.attrValid(id)
-	to.NodeId, to.Generation = s.opens.nodeid(id), 0
+	to.NodeId, to.Generation = id, 0
 	to.EntryValid, to.EntryValidNsec = s.valid.sec, s.valid.nsec
 	to.AttrValid, to.AttrValidNsec = valid.sec, valid.nsec
 	setAttr(&to.Attr, &e.Attr)
@@ -64,7 +64,7 @@ func (s *Server) attr(r *request, nodeid uint64, a union.Attr, err error) (int, 
 	if err != nil {
 		return 0, status(err)
 	}
-	valid := s.attrValid(nodeid & nodeMask)
+	valid := s.attrValid(nodeid)
 	o := reply[fuse.AttrOut](r)
 	o.AttrValid, o.AttrValidNsec = valid.sec, valid.nsec
 	setAttr(&o.Attr, &a)
@@ -108,7 +108,7 @@ func (s *Server) statx(r *request) (int, fuse.Status) {
 	if err != nil {
 		return 0, status(err)
 	}
-	valid := s.attrValid(in.NodeId & nodeMask)
+	valid := s.attrValid(in.NodeId)
 	o := reply[fuse.StatxOut](r)
 	o.AttrValid, o.AttrValidNsec = valid.sec, valid.nsec
 	o.Statx = fuse.Statx{

@@ -76,11 +76,10 @@ func (s *Server) open(r *request) (int, fuse.Status) {
 // A setuid or setgid file is never in passthrough: nobody would take the bits
 // away when it is written.
 func (s *Server) openFile(o *fuse.OpenOut, f *union.File, nodeid uint64, flags, mode uint32, created bool) fuse.Status {
-	node := nodeid & nodeMask
 	fd, upper := f.Fd()
 	of := &file{f: f, nodeid: nodeid}
-	n := s.opens.get(node)
-	defer s.opens.put(node, n)
+	n := s.opens.get(nodeid)
+	defer s.opens.put(nodeid, n)
 	switch {
 	case n.through > 0 && n.upper != upper:
 		s.opens.renew(nodeid)
@@ -99,7 +98,7 @@ func (s *Server) openFile(o *fuse.OpenOut, f *union.File, nodeid uint64, flags, 
 	}
 	s.count(n, of, o, flags, upper)
 	if of.mapped && !created {
-		s.notifyAttr(node)
+		s.notifyAttr(nodeid & nodeMask)
 	}
 	o.Fh = s.files.add(of)
 	return fuse.OK
@@ -156,8 +155,7 @@ func (s *Server) release(r *request) fuse.Status {
 	if of == nil {
 		return fuse.EBADF
 	}
-	node := of.nodeid & nodeMask
-	n := s.opens.get(node)
+	n := s.opens.get(of.nodeid)
 	switch {
 	case !of.through:
 		n.cached--
@@ -173,7 +171,7 @@ func (s *Server) release(r *request) fuse.Status {
 			}
 		}
 	}
-	s.opens.put(node, n)
+	s.opens.put(of.nodeid, n)
 	return status(of.f.Close())
 }
 

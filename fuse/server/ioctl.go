@@ -7,11 +7,22 @@ import (
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
+// The commands that reach us, include/uapi/linux/fs.h.
+const (
+	fsIocGetFlags  = 0x80086601
+	fsIocSetFlags  = 0x40086602
+	fsIocGetXattr  = 0x801c581f
+	fsIocSetXattr  = 0x401c5820
+	fsIocGetFlags4 = 0x80046601 // of a 32-bit caller
+	fsIocSetFlags4 = 0x40046602
+)
+
 const enotty = fuse.Status(syscall.ENOTTY)
 
-// ioctl answers what FUSE lets through: the inode flags, which the kernel asks
-// for on a handle that it opens for it (fs/fuse/ioctl.c: fuse_fileattr_get and
-// _set), for files and directories alike.
+// ioctl answers what FUSE lets through and the union has: the inode flags. The
+// kernel asks for them itself, on a handle that it opens for that
+// (fs/fuse/ioctl.c: fuse_fileattr_get, fuse_fileattr_set), so the handle says
+// nothing that the node does not.
 func (s *Server) ioctl(r *request) (int, fuse.Status) {
 	in := sys.View[fuse.IoctlIn](r.in)
 	n := s.node(in.NodeId)
@@ -19,14 +30,37 @@ func (s *Server) ioctl(r *request) (int, fuse.Status) {
 		return 0, estale
 	}
 	data := r.in[sys.SizeOf[fuse.IoctlIn]():]
-	size := sys.SizeOf[fuse.IoctlOut]()
-	if len(data) < int(in.InSize) || size+int(in.OutSize) > len(r.out) {
+	size := sys.SizeOf[fuse.IoctlOut]() // its result is 0
+	if len(data) < int(in.InSize) || int(in.OutSize) > len(r.out)-size {
 		return 0, fuse.EINVAL
 	}
-	_ = reply[fuse.IoctlOut](r) // its result is 0
+	data = data[:in.InSize]
+	clear(r.out[:size+int(in.OutSize)])
 	out := r.out[size : size+int(in.OutSize)]
-	clear(out)
-	_ = n
-	_ = data
-	return 0, enotty
+	var err error
+	switch in.Cmd {
+	case fsIocGetFlags, fsIocGetFlags4:
+		var flags uint32
+		if flags, err = s.union.FileFlags(n); err == nil && copy(out, sys.Bytes(&flags)) < 4 {
+			return 0, fuse.EINVAL
+		}
+	case fsIocSetFlags, fsIocSetFlags4:
+		if len(data) < 4 {
+			return 0, fuse.EINVAL
+		}
+		err = s.union.SetFileFlags(n, *sys.View[uint32](data))
+	case fsIocGetXattr:
+		var x sys.FSXattr
+		if x, err = s.union.FSXattr(n); err == nil && copy(out, sys.Bytes(&x)) < sys.SizeOf[sys.FSXattr]() {
+			return 0, fuse.EINVAL
+		}
+	case fsIocSetXattr:
+		if len(data) < sys.SizeOf[sys.FSXattr]() {
+			return 0, fuse.EINVAL
+		}
+		err = s.union.SetFSXattr(n, *sys.View[sys.FSXattr](data))
+	default:
+		return 0, enotty
+	}
+	return size + len(out), status(err)
 }

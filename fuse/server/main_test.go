@@ -111,17 +111,20 @@ func counts(srv *server.Server) {
 // mounted is a union that a child process serves.
 type mounted struct {
 	setup
-	t       testing.TB
-	cmd     *exec.Cmd
-	ask     *os.File
-	answers *json.Decoder
-	log     *strings.Builder
-	gone    bool
+	t          testing.TB
+	cmd        *exec.Cmd
+	ask        *os.File
+	answers    *json.Decoder
+	log        *strings.Builder
+	gone       bool
+	expect     string // what the server says
+	mountpoint string // if that is not m
 }
 
 // dirs makes the directories of a union on a file system of the kind.
 func dirs(t testing.TB, kind string) string {
 	dir := testenv.FS(t, kind)
+	must(t, os.Chmod(filepath.Dir(dir), 0o711)) // tests come as nobody, too
 	for _, d := range []string{"l", "u", "w", "m"} {
 		must(t, os.Mkdir(filepath.Join(dir, d), 0o755))
 	}
@@ -175,9 +178,9 @@ func (m *mounted) stop() {
 		return
 	}
 	m.gone = true
-	if err := sys.Umount(m.path(""), 0); err != nil && !errors.Is(err, syscall.EINVAL) {
+	if err := sys.Umount(m.at(), 0); err != nil && !errors.Is(err, syscall.EINVAL) {
 		m.t.Errorf("%v", err)
-		_ = sys.Umount(m.path(""), sys.MNT_DETACH)
+		_ = sys.Umount(m.at(), sys.MNT_DETACH)
 	}
 	kill := time.AfterFunc(patience, func() { _ = m.cmd.Process.Kill() })
 	err := m.cmd.Wait()
@@ -185,13 +188,44 @@ func (m *mounted) stop() {
 	if err != nil {
 		m.t.Errorf("server: %v", err)
 	}
-	if m.log.Len() > 0 {
-		m.t.Errorf("the server said:\n%s", m.log)
+	said := m.log.String()
+	if m.expect != "" && !strings.Contains(said, m.expect) {
+		m.t.Errorf("the server did not say %q but %q", m.expect, said)
+	} else if m.expect == "" && said != "" {
+		m.t.Errorf("the server said:\n%s", said)
 	}
+}
+
+// wantLog makes it an error if the server does not say what, and none if it does.
+func (m *mounted) wantLog(what string) { m.expect = what }
+
+// asNobody runs a shell command without any privilege.
+func asNobody(t testing.TB, script string) string {
+	t.Helper()
+	return asUser(t, 65534, script)
+}
+
+func asUser(t testing.TB, id uint32, script string) string {
+	t.Helper()
+	cmd := exec.Command("/bin/sh", "-c", script)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: id, Gid: id}}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", script, err, out)
+	}
+	return string(out)
 }
 
 // patience is how long anything may take that happens at once on an idle machine.
 const patience = 60 * time.Second
+
+// at is the mountpoint.
+func (m *mounted) at() string {
+	if m.mountpoint != "" {
+		return m.mountpoint
+	}
+	return m.path("")
+}
 
 func (m *mounted) path(name string) string { return filepath.Join(m.Dir, "m", name) }
 

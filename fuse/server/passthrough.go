@@ -32,7 +32,7 @@ const (
 	nodeMask  = 1<<nodeShift - 1
 )
 
-// nodeOpens is what the kernel has open of one node.
+// nodeOpens is what the kernel has open of one nodeid.
 type nodeOpens struct {
 	mu      sync.Mutex // held while the files below are registered
 	users   int        // of this struct; under openTable.mu
@@ -43,11 +43,11 @@ type nodeOpens struct {
 	upper   bool       // whether that is the upper's file
 }
 
-// openTable holds the nodes that are open.
+// openTable holds the nodeids that are open.
 type openTable struct {
 	mu     sync.Mutex
-	nodes  map[uint64]*nodeOpens
-	epochs map[uint64]uint64 // nodes that became new inodes: how often
+	nodes  map[uint64]*nodeOpens // by nodeid
+	epochs map[uint64]uint64     // nodes that became new inodes: how often
 
 	mapped   atomic.Int64 // opens that can be mapped for writing, of all nodes
 	through  atomic.Int64 // nodes in passthrough
@@ -61,13 +61,13 @@ func (t *openTable) init() {
 	t.nodes, t.epochs = map[uint64]*nodeOpens{}, map[uint64]uint64{}
 }
 
-// get returns a node's state, locked; put gives it back.
-func (t *openTable) get(node uint64) *nodeOpens {
+// get returns a nodeid's state, locked; put gives it back.
+func (t *openTable) get(nodeid uint64) *nodeOpens {
 	t.mu.Lock()
-	o := t.nodes[node]
+	o := t.nodes[nodeid]
 	if o == nil {
 		o = &nodeOpens{}
-		t.nodes[node] = o
+		t.nodes[nodeid] = o
 	}
 	o.users++
 	t.mu.Unlock()
@@ -75,20 +75,20 @@ func (t *openTable) get(node uint64) *nodeOpens {
 	return o
 }
 
-func (t *openTable) put(node uint64, o *nodeOpens) {
+func (t *openTable) put(nodeid uint64, o *nodeOpens) {
 	idle := o.cached == 0 && o.through == 0
 	o.mu.Unlock()
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if o.users--; o.users == 0 && idle {
-		delete(t.nodes, node)
+		delete(t.nodes, nodeid)
 	}
 }
 
-// mayBeMapped reports whether somebody can write the node behind our back.
-func (t *openTable) mayBeMapped(node uint64) bool {
+// mayBeMapped reports whether somebody can write the file behind our back.
+func (t *openTable) mayBeMapped(nodeid uint64) bool {
 	t.mu.Lock()
-	o := t.nodes[node]
+	o := t.nodes[nodeid]
 	t.mu.Unlock()
 	if o == nil {
 		return false

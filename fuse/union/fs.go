@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/layerctl/layerctl/internal/sys"
@@ -36,6 +37,7 @@ type FS struct {
 	indexes indexes
 	table   *table
 	copies  map[nameKey]*Node // being copied up; under table.mu
+	spares  atomic.Int32      // nodes with isSpare
 
 	odd struct {
 		sync.Mutex

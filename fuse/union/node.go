@@ -48,6 +48,7 @@ const (
 	isImpure                      // upper directory with copied-up objects in it
 	noName                        // in the upper, and no name of it is known, only a descriptor
 	isOpaque                      // upper directory that hides what is below
+	isSpare                       // lost its name while nobody had it open, and is counted in FS.spares
 )
 
 // Values of Node.key.

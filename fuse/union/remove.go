@@ -155,15 +155,23 @@ func (fs *FS) losing(dir *Node, name string, v *victim) (undo func(), err error)
 	}, nil
 }
 
+// maxSpare is how many files without a name and without an open may be kept for
+// who has found them already and opens them next. The kernel forgets them soon.
+const maxSpare = 1024
+
 // keepOpen opens a file in the upper that is about to lose the name that it is
-// known by, if somebody has it open or other names may be left.
+// known by, if somebody has it open, may be opening it, or other names may be left.
 func (fs *FS) keepOpen(n, dir *Node, name string, last bool) error {
 	n.mu.Lock()
 	known := n.parent == dir && n.name == name && !n.has(noName)
 	others := n.more != nil && len(n.more.alts) > 0
 	have := n.more != nil && n.more.fd >= 0
 	n.mu.Unlock()
-	if have || !known || others && !last || last && n.opens.Load() == 0 {
+	if have || !known || others && !last {
+		return nil
+	}
+	spare := last && n.opens.Load() == 0
+	if spare && (n.typ != sys.S_IFREG || fs.spares.Load() >= maxSpare) {
 		return nil
 	}
 	fd, err := fs.openUpper(n, sys.O_PATH)
@@ -173,6 +181,10 @@ func (fs *FS) keepOpen(n, dir *Node, name string, last bool) error {
 	n.mu.Lock()
 	n.extra().fd = fd
 	n.mu.Unlock()
+	if spare {
+		fs.spares.Add(1)
+		n.set(isSpare)
+	}
 	return nil
 }
 

@@ -137,6 +137,9 @@ func (fs *FS) free(gone []*Node) {
 		if n.more != nil && n.more.fd >= 0 {
 			closeFd(n.more.fd)
 			n.more.fd = -1
+			if n.has(isSpare) {
+				fs.spares.Add(-1)
+			}
 		}
 	}
 }

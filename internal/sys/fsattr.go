@@ -153,3 +153,13 @@ func newStatfs(b *unix.Statfs_t) Statfs {
 		FragSize: int64(b.Frsize), NameMax: int64(b.Namelen), Fsid: b.Fsid.Val, Flags: int64(b.Flags),
 	}
 }
+
+// FSXattrBare is GetFSXattr of a bare descriptor (bare.go).
+func FSXattrBare(n int) (FSXattr, error) {
+	var x FSXattr
+	err := ioctl(n, fsIocFSGetXattr, unsafe.Pointer(&x))
+	return x, err
+}
+
+// SetFSXattrBare is SetFSXattr of a bare descriptor.
+func SetFSXattrBare(n int, x FSXattr) error { return ioctl(n, fsIocFSSetXattr, unsafe.Pointer(&x)) }

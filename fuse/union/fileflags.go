@@ -1,0 +1,92 @@
+package union
+
+import (
+	"syscall"
+
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// Inode flags that the kernel's overlayfs keeps in an xattr and enforces itself,
+// since they would keep it from renaming or removing the upper file. They cannot
+// be set here.
+const (
+	guardFlags  = 0x10 | 0x20 // FS_IMMUTABLE_FL, FS_APPEND_FL
+	guardXflags = 0x08 | 0x10 // FS_XFLAG_IMMUTABLE, FS_XFLAG_APPEND
+)
+
+// FileFlags reads the inode flags of a file or directory, as FS_IOC_GETFLAGS
+// does; ENOTTY for other types.
+func (fs *FS) FileFlags(n *Node) (flags uint32, err error) {
+	err = fs.withReal(n, func(fd int) error {
+		flags, err = sys.FlagsBare(fd)
+		return err
+	})
+	return flags, err
+}
+
+// SetFileFlags sets the inode flags, copying the node up.
+func (fs *FS) SetFileFlags(n *Node, flags uint32) error {
+	if flags&guardFlags != 0 {
+		return syscall.EOPNOTSUPP
+	}
+	return fs.changeReal(n, func(fd int) error { return sys.SetFlagsBare(fd, flags) })
+}
+
+// FSXattr reads what FS_IOC_FSGETXATTR does.
+func (fs *FS) FSXattr(n *Node) (x sys.FSXattr, err error) {
+	err = fs.withReal(n, func(fd int) error {
+		x, err = sys.FSXattrBare(fd)
+		return err
+	})
+	return x, err
+}
+
+// SetFSXattr sets that, copying the node up.
+func (fs *FS) SetFSXattr(n *Node, x sys.FSXattr) error {
+	if x.Xflags&guardXflags != 0 {
+		return syscall.EOPNOTSUPP
+	}
+	return fs.changeReal(n, func(fd int) error { return sys.SetFSXattrBare(fd, x) })
+}
+
+// changeReal calls f with a descriptor of the upper's object.
+func (fs *FS) changeReal(n *Node, f func(fd int) error) error {
+	if !n.isDir() && n.typ != sys.S_IFREG {
+		return syscall.ENOTTY
+	}
+	if err := fs.copyUp(n, copyMeta); err != nil {
+		return err
+	}
+	n.change.Lock()
+	defer n.change.Unlock()
+	return fs.withReal(n, f)
+}
+
+// withReal calls f with a descriptor, good for ioctls, of the object that shows a
+// node's attributes.
+func (fs *FS) withReal(n *Node, f func(fd int) error) error {
+	flags := sys.O_RDONLY | sys.O_NONBLOCK
+	switch {
+	case n.isDir():
+		flags |= sys.O_DIRECTORY
+	case n.typ != sys.S_IFREG:
+		return syscall.ENOTTY
+	}
+	var p place
+	if err := fs.locate(n, &p); err != nil {
+		return err
+	}
+	defer fs.leave(&p)
+	var fd int
+	var err error
+	if p.name == "" {
+		fd, err = sys.ReopenBare(p.fd, flags)
+	} else {
+		fd, err = sys.OpenBare(p.fd, p.name, flags, 0)
+	}
+	if err != nil {
+		return err
+	}
+	defer sys.CloseBare(fd)
+	return f(fd)
+}
