@@ -20,7 +20,7 @@ type newObject struct {
 
 // Mkdir makes a directory; mode is as the caller gave it, umask not applied.
 func (fs *FS) Mkdir(c Caller, dir *Node, name string, mode uint32) (Entry, error) {
-	e, _, err := fs.create(c, dir, name, &newObject{mode: mode&0o7777 | sys.S_IFDIR})
+	e, _, err := fs.create(c, dir, name, &newObject{mode: mode&0o1777 | sys.S_IFDIR})
 	return e, err
 }
 
@@ -78,6 +78,11 @@ func (fs *FS) create(c Caller, dir *Node, name string, o *newObject) (e Entry, f
 		return Entry{}, -1, err
 	}
 	defer fs.dirs.done(up)
+	if o.link != nil && o.link.lowIno != 0 {
+		if err := fs.markImpure(dir, up.fd); err != nil {
+			return Entry{}, -1, err
+		}
+	}
 	m := maker{fs: fs, c: c, dir: dir, up: up.fd, name: name, o: o, fd: -1}
 	err = m.make()
 	dir.dir.changed.Add(1)
@@ -100,8 +105,15 @@ func (fs *FS) mayMake(dir *Node, name string) error {
 	case fs.aufsName(name):
 		return syscall.EINVAL
 	}
-	if err := fs.writable(); err != nil {
+	if err := fs.writable(); err != nil || dir.has(inUpper) {
 		return err
+	}
+	// Nothing is copied up for what cannot be.
+	if dir.has(isDead) {
+		return syscall.ENOENT
+	}
+	if there, err := fs.lowerHas(dir, name); there || err != nil {
+		return orExist(err)
 	}
 	return fs.copyUp(dir, copyMeta)
 }

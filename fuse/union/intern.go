@@ -95,6 +95,9 @@ func (fs *FS) newNode(dir *Node, name string, f *found) *Node {
 	} else if f.hasLow {
 		n.lowIno, n.lowFS = f.lowSt.Ino, f.lowFS
 		n.low = f.low
+		if f.lowSt.Nlink > 1 {
+			flags |= lowLinked
+		}
 		if n.low.name == name {
 			n.low.name = name // one string
 		}

@@ -115,7 +115,7 @@ func (fs *FS) find(dir *Node, name string, f *found, from int) error {
 	if dir.has(isDead) {
 		return syscall.ENOENT
 	}
-	if len(dir.dir.lowers) > 0 {
+	if len(dir.dir.lowers) > 0 || d.absolute() {
 		if from < 0 {
 			from = d.start(dir)
 		}
@@ -304,7 +304,7 @@ func (d *lowerSearch) run(dir *Node, f *found, from int) error {
 		if err := d.one(base, f); err != nil {
 			return err
 		}
-		if d.only && !d.redir {
+		if d.only && !d.redir && !d.metacopy {
 			break
 		}
 		if d.absolute() && !atRoot && (!was || d.redir) {
@@ -436,7 +436,9 @@ func (d *lowerSearch) file(base *realDir, fd int, name string, st *sys.Stat, f *
 	if first && !f.upper {
 		f.metacopy, f.meta = true, facts.meta
 	}
-	d.metacopy = true
+	// A directory on the way that is opaque does not keep the data from being
+	// looked for further down.
+	d.metacopy, d.stop = true, false
 	return d.redirect(facts.redirect)
 }
 

@@ -47,6 +47,7 @@ const (
 	isDead                        // the last name is gone
 	isImpure                      // upper directory with copied-up objects in it
 	noName                        // in the upper, and no name of it is known, only a descriptor
+	lowLinked                     // the lower file has several links
 	isOpaque                      // upper directory that hides what is below
 	isSpare                       // lost its name while nobody had it open, and is counted in FS.spares
 )

@@ -24,28 +24,27 @@ func (fs *FS) removeName(dir *Node, name string, wantDir bool) error {
 	if err := fs.mayChange(dir, name); err != nil {
 		return err
 	}
-	dir.change.Lock()
-	defer dir.change.Unlock()
-	var v victim
-	if err := fs.findVictim(dir, name, &v); err != nil {
-		return err
-	}
-	defer func() { fs.release(v.node) }()
-	switch isDir := v.f.st.IsDir(); {
-	case isDir && !wantDir:
-		return syscall.EISDIR
-	case !isDir && wantDir:
-		return syscall.ENOTDIR
-	}
-	if v.node == nil && (wantDir || fs.config.Index && v.f.st.Nlink > 1) {
-		// Whoever removes a directory looks into it; that needs a node.
-		e, err := fs.lookup(dir, name, -1)
+	if !dir.has(inUpper) {
+		// Nothing is copied up for what is not there or cannot go.
+		var v victim
+		err := fs.findRemovable(dir, name, &v, wantDir)
+		if err == nil && wantDir {
+			err = fs.mustBeEmpty(v.node)
+		}
+		fs.release(v.node)
+		if err == nil {
+			err = fs.copyUp(dir, copyMeta)
+		}
 		if err != nil {
 			return err
 		}
-		v.node = e.Node
-		fs.hold(e.Node)
-		fs.Forget(e.Node.id, 1)
+	}
+	dir.change.Lock()
+	defer dir.change.Unlock()
+	var v victim
+	defer func() { fs.release(v.node) }()
+	if err := fs.findRemovable(dir, name, &v, wantDir); err != nil {
+		return err
 	}
 	if n := v.node; n != nil {
 		n.change.Lock()
@@ -60,7 +59,39 @@ func (fs *FS) removeName(dir *Node, name string, wantDir bool) error {
 	return fs.removeVictim(dir, name, &v)
 }
 
-// mayChange checks what must be so for a name of dir to change, and copies dir up.
+// findRemovable finds what unlink or rmdir is about. A directory has a node then.
+func (fs *FS) findRemovable(dir *Node, name string, v *victim, wantDir bool) error {
+	if err := fs.findVictim(dir, name, v); err != nil {
+		return err
+	}
+	switch isDir := v.f.st.IsDir(); {
+	case isDir && !wantDir:
+		return syscall.EISDIR
+	case !isDir && wantDir:
+		return syscall.ENOTDIR
+	}
+	if wantDir || fs.config.Index && v.f.st.Nlink > 1 {
+		return fs.needNode(dir, name, v)
+	}
+	return nil
+}
+
+// needNode makes the node of what was found, if there is none.
+func (fs *FS) needNode(dir *Node, name string, v *victim) error {
+	if v.node != nil {
+		return nil
+	}
+	e, err := fs.lookup(dir, name, -1)
+	if err != nil {
+		return err
+	}
+	v.node = e.Node
+	fs.hold(e.Node)
+	fs.Forget(e.Node.id, 1)
+	return nil
+}
+
+// mayChange checks what must be so for a name of dir to change.
 func (fs *FS) mayChange(dir *Node, name string) error {
 	switch {
 	case !dir.isDir():
@@ -68,10 +99,7 @@ func (fs *FS) mayChange(dir *Node, name string) error {
 	case len(name) > nameMax:
 		return syscall.ENAMETOOLONG
 	}
-	if err := fs.writable(); err != nil {
-		return err
-	}
-	return fs.copyUp(dir, copyMeta)
+	return fs.writable()
 }
 
 // findVictim finds what is at a name, and its node if it is in memory. dir is

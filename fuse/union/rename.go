@@ -26,14 +26,29 @@ func (fs *FS) Rename(c Caller, olddir *Node, oldname string, newdir *Node, newna
 		flags == sys.RENAME_NOREPLACE|sys.RENAME_EXCHANGE {
 		return syscall.EINVAL // RENAME_WHITEOUT too, as the kernel's
 	}
+	if olddir == newdir && oldname == newname && olddir.isDir() {
+		var f found
+		if err := fs.find(olddir, oldname, &f, -1); err != nil || flags&sys.RENAME_NOREPLACE == 0 {
+			return err
+		}
+		return syscall.EEXIST
+	}
 	if err := fs.mayChange(olddir, oldname); err != nil {
 		return err
 	}
-	if err := fs.mayMake(newdir, newname); err != nil {
+	if err := fs.mayChange(newdir, newname); err != nil {
 		return err
+	}
+	if fs.aufsName(newname) {
+		return syscall.EINVAL
 	}
 	m := &move{fs: fs, olddir: olddir, oldname: oldname, newdir: newdir, newname: newname,
 		exchange: flags&sys.RENAME_EXCHANGE != 0, noreplace: flags&sys.RENAME_NOREPLACE != 0}
+	if !olddir.has(inUpper) || !newdir.has(inUpper) {
+		if err := m.prepare(); err != nil {
+			return err
+		}
+	}
 	for {
 		n, err := m.try()
 		if n == nil {
@@ -45,6 +60,20 @@ func (fs *FS) Rename(c Caller, olddir *Node, oldname string, newdir *Node, newna
 			return err
 		}
 	}
+}
+
+// prepare copies the directories up, unless the rename cannot be.
+func (m *move) prepare() error {
+	err := m.look()
+	m.fs.release(m.src.node)
+	m.fs.release(m.dst.node)
+	if err == nil {
+		err = m.fs.copyUp(m.olddir, copyMeta)
+	}
+	if err == nil {
+		err = m.fs.copyUp(m.newdir, copyMeta)
+	}
+	return err
 }
 
 // try renames. What it returns must be copied up first, without the locks; it
@@ -94,6 +123,9 @@ func (m *move) look() error {
 	err := m.fs.findVictim(m.newdir, m.newname, &m.dst)
 	if err == syscall.ENOENT && !m.exchange {
 		m.covered = m.dst.f.covered
+		if err := m.notInItself(); err != nil {
+			return err
+		}
 		return m.mayMove()
 	}
 	if err != nil {
@@ -102,20 +134,24 @@ func (m *move) look() error {
 	if m.noreplace {
 		return syscall.EEXIST
 	}
-	if err := m.needNode(m.newdir, m.newname, &m.dst); err != nil {
-		return err
-	}
-	if err := m.mayMove(); err != nil || m.exchange {
+	if err := m.notInItself(); err != nil {
 		return err
 	}
 	srcDir, dstDir := m.src.f.st.IsDir(), m.dst.f.st.IsDir()
 	switch {
+	case m.exchange:
 	case srcDir && !dstDir:
 		return syscall.ENOTDIR
 	case !srcDir && dstDir:
 		return syscall.EISDIR
 	}
-	return nil
+	if err := m.needNode(m.newdir, m.newname, &m.dst); err != nil {
+		return err
+	}
+	if err := m.mayMove(); err != nil || m.exchange || !dstDir {
+		return err
+	}
+	return m.fs.mustBeEmpty(m.dst.node)
 }
 
 // needNode makes the node of what was found, if there is none and it is one that
@@ -124,34 +160,31 @@ func (m *move) needNode(dir *Node, name string, v *victim) error {
 	if v.node != nil || v.upper && !v.f.st.IsDir() && !v.f.metacopy {
 		return nil
 	}
-	e, err := m.fs.lookup(dir, name, -1)
-	if err != nil {
-		return err
-	}
-	v.node = e.Node
-	m.fs.hold(e.Node)
-	m.fs.Forget(e.Node.id, 1)
-	return nil
+	return m.fs.needNode(dir, name, v)
 }
 
-// mayMove refuses what would need a redirect that may not be made, and what
-// would put a directory into itself.
+// mayMove refuses what would need a redirect that may not be made.
 func (m *move) mayMove() error {
-	fs := m.fs
 	for _, v := range []*victim{&m.src, &m.dst} {
 		n := v.node
 		if n == nil || !n.isDir() || v == &m.dst && !m.exchange {
 			continue
 		}
-		if len(n.dir.lowers) > 0 && fs.config.Redirect != RedirectOn {
+		if len(n.dir.lowers) > 0 && m.fs.config.Redirect != RedirectOn {
 			return syscall.EXDEV
 		}
 	}
+	return nil
+}
+
+// notInItself refuses what would put a directory into itself. A directory that is
+// above another one that is in use is in memory.
+func (m *move) notInItself() error {
 	if m.olddir == m.newdir {
 		return nil
 	}
-	fs.tree.RLock()
-	defer fs.tree.RUnlock()
+	m.fs.tree.RLock()
+	defer m.fs.tree.RUnlock()
 	switch {
 	case m.src.node != nil && within(m.newdir, m.src.node):
 		return syscall.EINVAL
@@ -234,13 +267,24 @@ func (m *move) markOne(v *victim, from *Node, name string, fromUp int, to *Node,
 		}
 	}
 	comesFromBelow := n != nil && (n.lowIno != 0 || n.has(isMetacopy)) || n == nil && v.f.hasLow
-	if !same && comesFromBelow && !to.has(isImpure) {
-		if err := fs.upper.setImpure(toUp); err != nil {
+	if !same && comesFromBelow {
+		if err := fs.markImpure(to, toUp); err != nil {
 			return err
 		}
-		to.set(isImpure)
 	}
 	return fs.step("union: rename: marked")
+}
+
+// markImpure marks a directory in the upper as one that has copied-up objects.
+func (fs *FS) markImpure(dir *Node, up int) error {
+	if dir.has(isImpure) {
+		return nil
+	}
+	err := fs.upper.setImpure(up)
+	if err == nil {
+		dir.set(isImpure)
+	}
+	return err
 }
 
 // setOpaque makes a directory in the upper one that nothing merges into.
@@ -264,7 +308,7 @@ const redirectMax = 256
 // setRedirect says in the upper where a node goes on in the lowers, wherever it
 // moves: by its present name if it stays in its directory, else by its path.
 func (fs *FS) setRedirect(n *Node, up int, name string, same bool) error {
-	absolute := !same && (n.isDir() || n.parted())
+	absolute := !same || !n.isDir() && n.has(lowLinked)
 	old := n.redirect()
 	if old != "" && (!absolute || old[0] == '/') {
 		return nil
@@ -285,9 +329,6 @@ func (fs *FS) setRedirect(n *Node, up int, name string, same bool) error {
 	n.setRedirect(to)
 	return nil
 }
-
-// parted tells whether a file's lower has further names.
-func (n *Node) parted() bool { return n.lowIno != 0 && n.has(isMetacopy) }
 
 func (n *Node) redirect() string {
 	n.mu.Lock()

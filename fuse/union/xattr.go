@@ -25,7 +25,7 @@ func (fs *FS) withPlace(n *Node, f func(p *place) error) error {
 // Getxattr reads an xattr into dest; with an empty dest it returns the size,
 // else ERANGE where dest is too small.
 func (fs *FS) Getxattr(n *Node, attr string, dest []byte) (size int, err error) {
-	if fs.config.NoACL && isACL(attr) {
+	if fs.noACL(n, attr) {
 		return 0, syscall.EOPNOTSUPP
 	}
 	disk, err := fs.names.toDisk(attr)
@@ -37,6 +37,11 @@ func (fs *FS) Getxattr(n *Node, attr string, dest []byte) (size int, err error) 
 		return err
 	})
 	return size, err
+}
+
+// noACL tells whether an xattr is an ACL, where there can be none.
+func (fs *FS) noACL(n *Node, attr string) bool {
+	return isACL(attr) && (fs.config.NoACL || n.typ == sys.S_IFLNK)
 }
 
 func isACL(attr string) bool { return strings.HasPrefix(attr, "system.posix_acl_") }
@@ -91,12 +96,15 @@ func (fs *FS) Setxattr(c Caller, n *Node, attr string, value []byte, flags uint3
 	if err := fs.writable(); err != nil {
 		return err
 	}
-	if fs.config.NoACL && isACL(attr) {
+	if fs.noACL(n, attr) {
 		return syscall.EOPNOTSUPP
 	}
 	disk, err := fs.names.toDisk(attr)
 	if err != nil {
 		return err
+	}
+	if attr == xattrACLDefault && !n.isDir() {
+		return syscall.EACCES
 	}
 	if err := fs.copyUp(n, copyMeta); err != nil {
 		return err
@@ -134,12 +142,15 @@ func (fs *FS) Removexattr(c Caller, n *Node, attr string) error {
 	if err := fs.writable(); err != nil {
 		return err
 	}
-	if fs.config.NoACL && isACL(attr) {
+	if fs.noACL(n, attr) {
 		return syscall.EOPNOTSUPP
 	}
 	disk, err := fs.names.toDisk(attr)
 	if err != nil {
 		return err
+	}
+	if attr == xattrACLDefault && !n.isDir() {
+		return nil // there is none, and that is what is asked for
 	}
 	if !n.has(inUpper) {
 		// Nothing is copied up for an xattr that is not there.
