@@ -72,7 +72,7 @@ func daemonize(args []string, c *commandLine) error {
 		files[n] = dev
 	}
 	env := append(os.Environ(), envReady+"="+strconv.Itoa(at))
-	p, err := os.StartProcess(executable(), append([]string{program}, args...),
+	p, err := os.StartProcess(executable(), append([]string{name}, args...),
 		&os.ProcAttr{Env: env, Files: files, Sys: &syscall.SysProcAttr{Setsid: true}})
 	write.Close()
 	if err != nil {

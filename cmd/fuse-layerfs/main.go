@@ -11,7 +11,7 @@ import (
 // version is set by the linker.
 var version = "unknown"
 
-const program = "fuse-layerfs"
+const name = "fuse-layerfs"
 
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
 
@@ -21,7 +21,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	switch {
 	case err != nil:
 	case c.version:
-		fmt.Fprintf(stdout, "%s: version %s\n", program, version)
+		fmt.Fprintf(stdout, "%s: version %s\n", name, version)
 		return 0
 	case c.help:
 		fmt.Fprint(stdout, help)
@@ -30,13 +30,13 @@ func run(args []string, stdout, stderr io.Writer) int {
 		err = c.options.check()
 	}
 	if err != nil {
-		fmt.Fprintf(stderr, "%s: %v\n", program, err)
+		fmt.Fprintf(stderr, "%s: %v\n", name, err)
 		return 1
 	}
 	ready, child := readyPipe()
 	if !child {
 		for _, w := range c.warnings {
-			fmt.Fprintf(stderr, "%s: %s\n", program, w)
+			fmt.Fprintf(stderr, "%s: %s\n", name, w)
 		}
 	}
 	if !c.foreground && !child {
@@ -50,6 +50,6 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if child && ready.tell(err.Error()) {
 		return 1
 	}
-	fmt.Fprintf(stderr, "%s: %v\n", program, err)
+	fmt.Fprintf(stderr, "%s: %v\n", name, err)
 	return 1
 }

@@ -23,7 +23,7 @@ import (
 
 // serve mounts, says so to ready, and returns when the mount is gone.
 func serve(c *commandLine, stderr io.Writer, ready *readiness) error {
-	_ = sys.SetName(program)
+	_ = sys.SetName(name)
 	debug.SetGCPercent(gcPercent)
 	runtime.GOMAXPROCS(max(processors, runtime.NumCPU()))
 	log, err := openLog(c.options.log, stderr)
@@ -129,10 +129,10 @@ func mountOptions(c *commandLine) server.MountOptions {
 		o.Source = c.source
 	}
 	if o.Source == "" {
-		o.Source = program
+		o.Source = name
 	}
 	if o.Type == "" {
-		o.Type = program
+		o.Type = name
 	}
 	if !c.options.upper {
 		o.Flags |= sys.MS_RDONLY
@@ -184,7 +184,7 @@ func (l *logger) printf(format string, args ...any) {
 	if l.file != nil {
 		format = time.Now().Format(time.RFC3339) + " " + format
 	}
-	fmt.Fprintf(l.w, program+": "+format+"\n", args...)
+	fmt.Fprintf(l.w, name+": "+format+"\n", args...)
 }
 
 // Close closes the file, if it is one.

@@ -48,18 +48,17 @@ type FS struct {
 
 // Open opens a union. ctx bounds the wait for an upper that is just being
 // unmounted by another server (5 s at most).
-func Open(ctx context.Context, c Config) (fs *FS, err error) {
+func Open(ctx context.Context, c Config) (_ *FS, err error) {
 	if len(c.Lowers) == 0 && c.Upper == "" {
 		return nil, fmt.Errorf("union without layers: %w", syscall.EINVAL)
 	}
 	if c.Upper != "" && c.Work == "" {
 		return nil, fmt.Errorf("union: upper %s without work: %w", c.Upper, syscall.EINVAL)
 	}
-	fs = &FS{config: c, table: newTable(), copies: map[nameKey]*Node{}}
+	fs := &FS{config: c, table: newTable(), copies: map[nameKey]*Node{}}
 	defer func() {
 		if err != nil {
 			fs.Close()
-			fs = nil
 		}
 	}()
 	if err := fs.openLayers(ctx); err != nil {
