@@ -40,15 +40,15 @@ type Config struct {
 
 	// Log is told once of each thing in the layers that is not as it must be (a
 	// corrupt xattr, a lower that changed); nil: nobody. It must not block.
-	Log func(format string, args ...any)
+	Log func(format string, args ...any) `json:"-"`
 	// Invalidate, when not nil, is told that what the kernel may have cached of a
 	// node is stale for another reason than the call that is being answered:
 	// another name of a file was copied up, a link count changed. It may be called
 	// with locks held and must not call back into the FS.
-	Invalidate func(Stale)
+	Invalidate func(Stale) `json:"-"`
 	// Step is called between two steps of each change, by name; tests fail or
 	// kill there. nil: nobody.
-	Step func(step string) error
+	Step func(step string) error `json:"-"`
 }
 
 // Stale is what Invalidate is told.

@@ -62,7 +62,7 @@ func (fs *FS) copyUpLocked(parent, n *Node, what copyWhat) error {
 		return err
 	}
 	defer fs.dirs.done(up)
-	r.dir, r.name = up.fd, n.name
+	r.dir, r.name, r.impure = up.fd, n.name, parent.has(isImpure)
 	key := nameKey{parent.id, n.name}
 	fs.table.mu.Lock()
 	fs.copies[key] = n
@@ -82,7 +82,17 @@ func (fs *FS) copyUpLocked(parent, n *Node, what copyWhat) error {
 		parent.set(isImpure)
 	}
 	fs.raised(parent, n, &r, &st)
+	// The time of change is another one, a directory's link count too, and what
+	// lost its other names has another number.
+	fs.stale(Stale{Node: n.id})
 	return nil
+}
+
+// stale tells the kernel's side that it remembers what is not so any more.
+func (fs *FS) stale(s Stale) {
+	if fs.config.Invalidate != nil {
+		fs.config.Invalidate(s)
+	}
 }
 
 // raised tells a node that it is in the upper now; st is of the new inode.

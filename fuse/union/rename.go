@@ -448,14 +448,15 @@ func (m *move) rename() error {
 	case m.src.below:
 		return u.renameCovered(m.oldup, m.oldname, m.newup, m.newname)
 	case isDir && m.covered:
-		err := sys.RenameBare(m.oldup, m.oldname, m.newup, m.newname, sys.RENAME_EXCHANGE)
-		if err == nil {
-			err = m.fs.step("union: rename: exchanged with the whiteout")
+		if err := sys.RenameBare(m.oldup, m.oldname, m.newup, m.newname, sys.RENAME_EXCHANGE); err != nil {
+			return err
 		}
-		if err == nil {
-			err = sys.UnlinkBare(m.oldup, m.oldname, 0)
+		// It is done; the whiteout that is at the old name now hides nothing.
+		_ = m.fs.step("union: rename: exchanged with the whiteout")
+		if err := sys.UnlinkBare(m.oldup, m.oldname, 0); err != nil {
+			m.fs.say("whiteout %q: %v", m.oldname, err)
 		}
-		return err
+		return nil
 	}
 	return sys.RenameBare(m.oldup, m.oldname, m.newup, m.newname, 0)
 }

@@ -87,7 +87,9 @@ func (t *table) collect(n *Node) {
 	for n != nil && n.id != 1 && n.refs == 0 && n.holds == 0 && t.byID[n.id] == n {
 		delete(t.byID, n.id)
 		t.unkey(n)
-		t.gone = append(t.gone, n)
+		if n.dir != nil || n.more != nil {
+			t.gone = append(t.gone, n)
+		}
 		if m := n.more; m != nil {
 			for _, a := range m.alts {
 				t.unhold(a.parent)
