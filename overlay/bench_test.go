@@ -96,9 +96,9 @@ func open(bb *testing.B, first bool) {
 	b := newBench(bb, "ext4", nil)
 	for bb.Loop() {
 		if first {
-			b.check(os.Remove(b.root + "/" + probedFile))
+			b.check(os.Remove(b.Root() + "/" + probedFile))
 		}
-		d, err := Open(b.ctx, drivers.Config{Root: b.root})
+		d, err := Open(b.ctx, drivers.Config{Root: b.Root()})
 		b.check(err)
 		b.check(d.Close())
 	}

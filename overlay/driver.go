@@ -4,31 +4,30 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"strings"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/upper"
 	"github.com/layerctl/layerctl/internal/kprobe"
-	"github.com/layerctl/layerctl/internal/sys"
 )
 
 const driverName = "overlay"
 
 // Driver keeps layers as directories under one root and shows them by the
-// kernel's overlayfs. All fields are immutable after Open; it holds no lock and
-// no descriptor, so that Close has nothing to do.
+// kernel's overlayfs. Immutable after Open; it holds no lock and no descriptor, so
+// that Close has nothing to do.
 type Driver struct {
-	root     string // absolute, as given: a link in it may hide ':' and ','
-	real     string // root with its links resolved
-	fsRoot   string // real as mountinfo's root field names it, within its file system
-	major    uint32 // of that file system, as mountinfo has it
-	minor    uint32
-	opts     options
+	*upper.Layers
 	features features
-	caps     drivers.Capabilities
+}
+
+// kernel is the kernel's overlayfs, with the options that were found out to work.
+// Immutable.
+type kernel struct {
+	root     string
+	opts     options
+	external int // Capabilities.ExternalParents
 }
 
 // Factory returns the driver's factory.
@@ -49,19 +48,16 @@ func Open(ctx context.Context, c drivers.Config) (*Driver, error) {
 	if err != nil {
 		return nil, err
 	}
-	root, err := cleanRoot(c.Root)
+	root, err := upper.PrepareRoot(c.Root)
 	if err != nil {
 		return nil, fmt.Errorf("overlay: open: %w", err)
-	}
-	if err := sweepProbes(root); err != nil {
-		return nil, drivers.Wrap(driverName, "open", 0, err)
 	}
 	f := rootFeatures(ctx, root)
 	if f.works.Answer != kprobe.Yes {
 		return nil, fmt.Errorf("overlay: open %s: %s: %w", root, f.reason(), unavailable(f))
 	}
-	d := &Driver{root: root, opts: opts, features: f}
-	if err := d.settle(); err != nil {
+	d := &Driver{features: f}
+	if err := d.open(root, opts); err != nil {
 		return nil, fmt.Errorf("overlay: open %s: %w", root, err)
 	}
 	return d, nil
@@ -75,95 +71,47 @@ func unavailable(f features) error {
 	return errdefs.ErrUnavailable
 }
 
-// settle fits options to what was found, and makes what every root has.
-func (d *Driver) settle() (err error) {
-	xattrs := "trusted"
-	if d.features.userxattr {
-		xattrs = "user"
-		if d.opts, err = d.opts.inUserNS(); err != nil {
+// open fits options to what was found, and opens the layers.
+func (d *Driver) open(root string, opts options) (err error) {
+	f := &d.features
+	xattrs := upper.XattrsTrusted
+	if f.userxattr {
+		xattrs = upper.XattrsUser
+		if opts, err = opts.inUserNS(); err != nil {
 			return err
 		}
 	}
-	d.opts.known = d.features.known
-	if err := d.features.supports(d.opts); err != nil {
+	opts.known = f.known
+	if err := f.supports(opts); err != nil {
 		return err
 	}
-	if err := openFormat(d.root, xattrs); err != nil {
-		return err
-	}
-	if err := mkdirAt(d.root, emptyDir); err != nil {
-		return err
-	}
-	if d.real, err = filepath.EvalSymlinks(d.root); err != nil {
-		return err
-	}
-	d.findInFS()
-	d.caps = d.capabilities()
-	return nil
+	k := &kernel{root: root, opts: opts}
+	k.external = k.externalParents()
+	d.Layers, err = upper.Open(upper.Config{
+		Root: root, Union: k, Capabilities: k.capabilities(f),
+		NoQuota: f.Detail(featQuota), NoIDMap: f.Detail(featIDMap),
+		Xattrs:   []upper.Xattrs{xattrs},
+		Volatile: opts.volatile, NoVolatile: !opts.known[featVolatile],
+		RealInodes: true,
+	})
+	return err
 }
 
-// cleanRoot checks and makes the root. Its links are kept: a root whose real
-// path has one of mount(2)'s separators can be reached by a link.
-func cleanRoot(root string) (string, error) {
-	root, err := filepath.Abs(root)
-	if err != nil {
-		return "", err
-	}
-	if i := strings.IndexAny(root, `:,\`); i >= 0 {
-		return "", fmt.Errorf("root %q: %w: %q separates mount options; make a symbolic link to it without one and use that",
-			root, errdefs.ErrInvalidArgument, root[i])
-	}
-	if err := os.Mkdir(root, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
-		return "", fmt.Errorf("root %s: %w: %w", root, errdefs.ErrFailedPrecondition, err)
-	}
-	return root, nil
-}
-
-func mkdirAt(root, name string) error {
-	if err := os.Mkdir(filepath.Join(root, name), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
-		return err
-	}
-	return nil
-}
-
-// knows reports whether the kernel has a mount option.
-func (d *Driver) knows(option string) bool { return d.opts.known[option] }
-
-// Capabilities says what the driver can do here.
-func (d *Driver) Capabilities() drivers.Capabilities { return d.caps }
-
-func (d *Driver) capabilities() drivers.Capabilities {
+func (k *kernel) capabilities(f *features) drivers.Capabilities {
 	c := drivers.Capabilities{
 		Driver: driverName, Diff: true, Apply: true, Rebase: true,
-		Quota:      d.features.has(featQuota),
-		IDMap:      d.features.has(featIDMap),
-		Reflink:    d.features.has(featReflink),
+		Quota:      f.has(featQuota),
+		IDMap:      f.has(featIDMap),
+		Reflink:    f.has(featReflink),
 		UsageBytes: true, UsageInodes: true,
-		MaxParents: maxLowers, ExternalParents: d.externalParents(),
+		MaxParents: upper.MaxLowers, ExternalParents: k.external,
 		BreaksHardLinks: true,
-		DirRenameEXDEV:  d.opts.redirect != "on" && d.opts.metacopy != "on",
+		DirRenameEXDEV:  k.opts.redirect != "on" && k.opts.metacopy != "on",
 		SharedWriter:    true,
-		LinksSettle:     !d.features.has(featLinks),
+		LinksSettle:     !f.has(featLinks),
 	}
-	if d.opts.userxattr {
+	if k.opts.userxattr {
 		c.Lost = []string{"device nodes", "owners outside the user namespace (kept in user.containers.override_stat, where a later chmod or chown is not seen)", "trusted.* xattrs"}
 	}
 	return c
-}
-
-// Close has nothing to release.
-func (d *Driver) Close() error { return nil }
-
-// whiteouts and opaques: the xattr namespace that this root's layers use.
-func (d *Driver) xattr(name string) string {
-	if d.opts.userxattr {
-		return "user.overlay." + name
-	}
-	return "trusted.overlay." + name
-}
-
-// isOpaque reports whether a directory of a layer hides what is below it.
-func (d *Driver) isOpaque(dir *sys.Fd) (bool, error) {
-	v, err := optionalXattr(dir, "", d.xattr("opaque"))
-	return v == "y", err
 }

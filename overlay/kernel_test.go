@@ -17,6 +17,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/upper"
 	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
@@ -360,7 +361,7 @@ func TestOverlayOnOverlay(t *testing.T) {
 		}
 		_, err := Open(b.ctx, drivers.Config{Root: dir + "/r"})
 		b.wants("open", err, errdefs.ErrUnavailable, "ext4, xfs, btrfs or tmpfs")
-		if left, _ := filepath.Glob(dir + "/" + probePrefix + "*"); len(left) > 0 {
+		if left, _ := filepath.Glob(dir + "/" + "probe." + "*"); len(left) > 0 {
 			t.Errorf("left: %v", left)
 		}
 	})
@@ -413,15 +414,15 @@ func TestProbeOfReadOnly(t *testing.T) {
 // that is still at work is left alone.
 func TestProbesAreSwept(t *testing.T) {
 	b := newBench(t, "tmpfs", nil)
-	b.check(os.MkdirAll(b.root+"/"+probePrefix+"dead/work/work", 0o755))
-	s, err := newScratch(b.root)
+	b.check(os.MkdirAll(b.Root()+"/"+"probe."+"dead/work/work", 0o755))
+	s, err := upper.NewScratch(b.Root())
 	b.check(err)
-	defer s.remove()
+	defer s.Remove()
 	b.open(nil)
-	if b.exists(b.root + "/" + probePrefix + "dead") {
+	if b.exists(b.Root() + "/" + "probe." + "dead") {
 		t.Error("the dead probe's scratch is still there")
 	}
-	if !b.exists(s.path) {
+	if !b.exists(s.Path()) {
 		t.Error("the live probe's scratch is gone")
 	}
 }
@@ -440,15 +441,15 @@ func TestProbesAreRemembered(t *testing.T) {
 	if !maps.Equal(b.features.known, first.known) || b.features.fs != first.fs {
 		t.Errorf("%+v was %+v", b.features, first)
 	}
-	text, err := os.ReadFile(b.root + "/" + probedFile)
+	text, err := os.ReadFile(b.Root() + "/" + probedFile)
 	b.check(err)
 	lie := strings.Replace(string(text), `"feature":"lowerdir+","yes":true`, `"feature":"lowerdir+","yes":false`, 1)
-	b.file(b.root+"/"+probedFile, lie)
+	b.file(b.Root()+"/"+probedFile, lie)
 	if b.open(nil); b.features.has(featLowerdirs) {
 		t.Error("it was asked again though nothing changed")
 	}
-	for _, bad := range []string{strings.Replace(lie, bootID(), "another boot", 1), lie[:len(lie)/2], ""} {
-		b.file(b.root+"/"+probedFile, bad)
+	for _, bad := range []string{strings.Replace(lie, upper.BootID(), "another boot", 1), lie[:len(lie)/2], ""} {
+		b.file(b.Root()+"/"+probedFile, bad)
 		if b.open(nil); !b.features.has(featLowerdirs) {
 			t.Errorf("believed: %s", bad)
 		}
@@ -482,12 +483,12 @@ func TestFormat(t *testing.T) {
 		{`{"format":2,"xattrs":"trusted"}`, "format 2"},
 		{`{"format":1,"xattrs":"user"}`, "user.overlay.*"},
 	} {
-		b.file(b.root+"/"+formatFile, c.text)
-		_, err := Open(b.ctx, drivers.Config{Root: b.root})
+		b.file(b.Root()+"/"+formatFile, c.text)
+		_, err := Open(b.ctx, drivers.Config{Root: b.Root()})
 		b.wants(c.text, err, errdefs.ErrFailedPrecondition, c.says)
 	}
-	b.file(b.root+"/"+formatFile, `{"form`)
-	_, err := Open(b.ctx, drivers.Config{Root: b.root})
+	b.file(b.Root()+"/"+formatFile, `{"form`)
+	_, err := Open(b.ctx, drivers.Config{Root: b.Root()})
 	b.wants("half a file", err, errdefs.ErrDataLoss, formatFile)
 }
 
@@ -540,11 +541,11 @@ func TestRedirectAndMetacopyOptions(t *testing.T) {
 // Kernels before 6.5 judge options only when mounting; the answers are the same.
 func TestOptionsByMounting(t *testing.T) {
 	dir := testenv.FS(t, "tmpfs")
-	s, err := newScratch(dir)
+	s, err := upper.NewScratch(dir)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.remove()
+	defer s.Remove()
 	p := prober{ctx: t.Context(), scratch: s}
 	for _, o := range mountOptions {
 		if r := p.option(nil, o.name, o.value, o.since, false); r.Answer != kprobe.Yes {
@@ -562,7 +563,7 @@ func TestRemoveDeep(t *testing.T) {
 	r := b.create(drivers.Ref{}, drivers.CreateOptions{})
 	dir, err := sys.OpenDir(b.fs(r.ID))
 	b.check(err)
-	for range 3 * maxOpen {
+	for range 3 * openAtRemoval {
 		b.check(dir.Mkdir("d", 0o755))
 		b.check(dir.Mkdir("deep.1", 0o755)) // the name that a move would take
 		next, err := dir.Openat("d", sys.O_RDONLY|sys.O_DIRECTORY, 0)
@@ -573,9 +574,12 @@ func TestRemoveDeep(t *testing.T) {
 	}
 	dir.Close()
 	b.check(b.Remove(b.ctx, r.ID))
-	names, err := b.names()
+	ents, err := os.ReadDir(b.Root())
 	b.check(err)
-	slices.Sort(names)
+	var names []string
+	for _, e := range ents {
+		names = append(names, e.Name())
+	}
 	if !slices.Equal(names, []string{emptyDir, formatFile, probedFile}) {
 		t.Errorf("left: %v", names)
 	}
@@ -597,8 +601,8 @@ func TestProjectIDs(t *testing.T) {
 		b.edit(r, func(dir string) { err = os.Remove(dir + "/f") })
 		return err
 	}
-	b.check(try(candidate(1, 0), candidate(1, 0)))
-	if err := try(candidate(1, 0), candidate(2, 0)); !errors.Is(err, syscall.EXDEV) {
+	b.check(try(1<<30+1, 1<<30+1))
+	if err := try(1<<30+1, 1<<30+2); !errors.Is(err, syscall.EXDEV) {
 		t.Errorf("other ids: %v, want EXDEV", err)
 	}
 	if b.Capabilities().Quota {
@@ -627,7 +631,7 @@ func checkQuota(t *testing.T, kind string, fs ...testenv.Option) {
 	}
 	base := b.layer(drivers.Ref{}, func(dir string) { b.file(dir+"/f", "x") })
 	r := b.create(base, drivers.CreateOptions{Quota: 4 << 20})
-	project := b.projectOf(r.ID.String())
+	project := b.project(r)
 	b.edit(r, func(dir string) {
 		b.check(os.WriteFile(dir+"/fits", make([]byte, 2<<20), 0o600))
 		err := os.WriteFile(dir+"/large", make([]byte, 8<<20), 0o600)
@@ -638,12 +642,26 @@ func checkQuota(t *testing.T, kind string, fs ...testenv.Option) {
 		b.check(os.Remove(dir + "/f"))
 	})
 	b.check(b.Remove(b.ctx, r.ID))
-	dir, err := sys.OpenDir(b.root)
+	dir, err := sys.OpenDir(b.Root())
 	b.check(err)
 	defer dir.Close()
 	if q, err := dir.ProjectQuota(project); err == nil && q.Bytes != 0 {
 		t.Errorf("after Remove project %d has %+v", project, q)
 	}
+}
+
+// project is the quota's project of a layer.
+func (b *bench) project(r drivers.Ref) uint32 {
+	b.Helper()
+	fs, err := sys.OpenDir(b.fs(r.ID))
+	b.check(err)
+	defer fs.Close()
+	x, err := fs.GetFSXattr()
+	b.check(err)
+	if x.Projid < 1<<30 {
+		b.Fatalf("layer %s has project %d", r.ID, x.Projid)
+	}
+	return x.Projid
 }
 
 func unixTime(sec int64) time.Time { return time.Unix(sec, 0) }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 
@@ -13,6 +12,7 @@ import (
 	"github.com/moby/sys/userns"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/upper"
 	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
 	lmount "github.com/layerctl/layerctl/mount"
@@ -46,9 +46,6 @@ var mountOptions = []struct{ name, value, since string }{
 	{featVolatile, "", "5.10"},
 	{featUserxattr, "", "5.11"},
 }
-
-// probePrefix begins the names of scratch directories.
-const probePrefix = "probe."
 
 // features is what was found out about one directory. Immutable.
 type features struct {
@@ -110,69 +107,26 @@ func Probe(ctx context.Context, dir string) drivers.Probe {
 }
 
 func probeFeatures(ctx context.Context, dir string) features {
-	s, err := newScratch(dir)
+	s, err := upper.NewScratch(dir)
 	if err != nil {
 		return features{works: outcome(featOverlay, err, "")}
 	}
-	defer s.remove()
+	defer s.Remove()
 	p := prober{ctx: ctx, scratch: s}
 	p.f.known = map[string]bool{}
 	p.run()
 	return p.f
 }
 
-// scratch is a directory that a probe works in, locked for as long as it does.
-type scratch struct {
-	parent *sys.Fd
-	path   string
-	name   string
-	dir    *sys.Fd
-	lock   *sys.Lock
-}
-
-func newScratch(dir string) (*scratch, error) {
-	path, err := os.MkdirTemp(dir, probePrefix)
-	if err != nil {
-		return nil, err
-	}
-	s := &scratch{path: path, name: filepath.Base(path)}
-	if s.parent, err = sys.OpenDir(dir); err == nil {
-		if s.dir, err = sys.OpenDir(path); err == nil {
-			s.lock, err = s.dir.TryLock(sys.LockShared)
-		}
-	}
-	if err != nil {
-		s.remove()
-		return nil, err
-	}
-	return s, nil
-}
-
-func (s *scratch) remove() {
-	if s.parent != nil {
-		_ = removeTree(context.Background(), s.parent, s.name)
-		s.parent.Close()
-	}
-	if s.dir != nil {
-		s.dir.Close()
-	}
-	s.lock.Close()
-}
-
-// mkdir makes a directory in the scratch and returns its path.
-func (s *scratch) mkdir(name string) (string, error) {
-	return filepath.Join(s.path, name), s.dir.Mkdir(name, 0o755)
-}
-
 type prober struct {
 	ctx     context.Context
-	scratch *scratch
+	scratch *upper.Scratch
 	f       features
 }
 
 // run asks everything; what overlay itself needs first.
 func (p *prober) run() {
-	st, err := p.scratch.dir.Statfs()
+	st, err := p.scratch.Dir().Statfs()
 	if err != nil {
 		p.f.works = outcome(featOverlay, err, "")
 		return
@@ -214,12 +168,12 @@ func outcome(feature string, err error, since string) kprobe.Result {
 // namespace has no trusted.*, so user.overlay.* takes its place.
 func (p *prober) xattr() kprobe.Result {
 	const probe = "overlay.probe"
-	err := p.scratch.dir.Setxattr("", "trusted."+probe, "y")
+	err := p.scratch.Dir().Setxattr("", "trusted."+probe, "y")
 	if err == nil {
 		return kprobe.Result{Feature: featXattr, Answer: kprobe.Yes, Detail: "trusted.overlay.*"}
 	}
 	p.f.userxattr = true
-	if uerr := p.scratch.dir.Setxattr("", "user."+probe, "y"); uerr != nil {
+	if uerr := p.scratch.Dir().Setxattr("", "user."+probe, "y"); uerr != nil {
 		return outcome(featXattr, errors.Join(uerr, err), "")
 	}
 	return kprobe.Result{Feature: featXattr, Answer: kprobe.Yes, Detail: "user.overlay.*"}
@@ -261,11 +215,11 @@ func (p *prober) tryOption(name, value string) error {
 		name += "=" + value
 	}
 	for _, n := range []string{"empty1", "empty2"} {
-		if _, err := p.scratch.mkdir(n); err != nil && !errors.Is(err, os.ErrExist) {
+		if _, err := p.scratch.Mkdir(n); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}
 	}
-	lowers := p.scratch.path + "/empty1:" + p.scratch.path + "/empty2"
+	lowers := p.scratch.Path() + "/empty1:" + p.scratch.Path() + "/empty2"
 	m, err := lmount.Detached(p.ctx, []lmount.Mount{{Type: "overlay", Source: "overlay", Options: []string{name, "lowerdir=" + lowers}}})
 	if err != nil {
 		return err
@@ -277,7 +231,7 @@ func (p *prober) lowerdirs(c *sys.FsContext, checks bool) kprobe.Result {
 	if !checks {
 		return kprobe.Result{Feature: featLowerdirs, Answer: kprobe.No, Detail: "Linux 6.8 has it; lowers must fit one page"}
 	}
-	return outcome(featLowerdirs, c.SetString("lowerdir+", p.scratch.path), "6.8")
+	return outcome(featLowerdirs, c.SetString("lowerdir+", p.scratch.Path()), "6.8")
 }
 
 // overlay mounts one and checks that its upper has what the kernel's
@@ -297,7 +251,7 @@ func (f *features) reasonWorks() string {
 
 func (p *prober) tryOverlay() error {
 	s := p.scratch
-	lower, err := s.mkdir("lower")
+	lower, err := s.Mkdir("lower")
 	if err != nil {
 		return err
 	}
@@ -307,11 +261,11 @@ func (p *prober) tryOverlay() error {
 	if err := os.WriteFile(lower+"/f", []byte("x"), 0o644); err != nil {
 		return err
 	}
-	pl := plan{lowers: []string{lower}}
-	if pl.upper, err = s.mkdir("upper"); err != nil {
+	pl := upper.Plan{Lowers: []string{lower}}
+	if pl.Upper, err = s.Mkdir("upper"); err != nil {
 		return err
 	}
-	if pl.work, err = s.mkdir("work"); err != nil {
+	if pl.Work, err = s.Mkdir("work"); err != nil {
 		return err
 	}
 	m, err := p.mount(pl, drivers.IDMap{})
@@ -319,7 +273,7 @@ func (p *prober) tryOverlay() error {
 		return err
 	}
 	defer m.Close()
-	return p.exercise(m.Path(), pl.upper)
+	return p.exercise(m.Path(), pl.Upper)
 }
 
 // probeOptions are the driver's defaults with what is known here.
@@ -332,14 +286,14 @@ func (p *prober) probeOptions() options {
 	return o
 }
 
-func (p *prober) mount(pl plan, m drivers.IDMap) (*lmount.Tree, error) {
-	pl.idmap = m
+func (p *prober) mount(pl upper.Plan, m drivers.IDMap) (*lmount.Tree, error) {
+	pl.IDMap = m
 	return lmount.Detached(p.ctx, []lmount.Mount{p.probeOptions().mount(pl)})
 }
 
 // exercise gives a lower file another name, deletes it and replaces a lower
 // directory.
-func (p *prober) exercise(merged, upper string) error {
+func (p *prober) exercise(merged, dir string) error {
 	if err := p.links(merged); err != nil {
 		return err
 	}
@@ -352,7 +306,7 @@ func (p *prober) exercise(merged, upper string) error {
 	if err := os.Mkdir(merged+"/d", 0o755); err != nil {
 		return fmt.Errorf("an opaque directory cannot be made: %w", err)
 	}
-	up, err := sys.OpenDir(upper)
+	up, err := sys.OpenDir(dir)
 	if err != nil {
 		return err
 	}
@@ -433,10 +387,10 @@ func (p *prober) unsuitable() bool {
 
 // dtype: overlayfs needs to tell a whiteout from a file while reading a directory.
 func (p *prober) dtype() kprobe.Result {
-	if err := p.scratch.dir.Mkdir("dtype", 0o700); err != nil {
+	if err := p.scratch.Dir().Mkdir("dtype", 0o700); err != nil {
 		return outcome(featDtype, err, "")
 	}
-	ents, err := p.scratch.dir.ReadDir()
+	ents, err := p.scratch.Dir().ReadDir()
 	for _, e := range ents {
 		if e.Name == "dtype" && e.Type == sys.S_IFDIR {
 			return kprobe.Result{Feature: featDtype, Answer: kprobe.Yes}
@@ -449,7 +403,7 @@ func (p *prober) dtype() kprobe.Result {
 }
 
 func (p *prober) renameWhiteout() kprobe.Result {
-	d := p.scratch.dir
+	d := p.scratch.Dir()
 	f, err := d.Openat("old", sys.O_WRONLY|sys.O_CREAT, 0o600)
 	if err != nil {
 		return outcome(featRename, err, "")
@@ -459,7 +413,7 @@ func (p *prober) renameWhiteout() kprobe.Result {
 }
 
 func (p *prober) tmpfile() kprobe.Result {
-	f, err := p.scratch.dir.Openat(".", sys.O_WRONLY|sys.O_TMPFILE, 0o600)
+	f, err := p.scratch.Dir().Openat(".", sys.O_WRONLY|sys.O_TMPFILE, 0o600)
 	if err == nil {
 		f.Close()
 	}
@@ -467,7 +421,7 @@ func (p *prober) tmpfile() kprobe.Result {
 }
 
 func (p *prober) reflink() kprobe.Result {
-	d := p.scratch.dir
+	d := p.scratch.Dir()
 	a, err := d.Openat("a", sys.O_RDWR|sys.O_CREAT, 0o600)
 	if err != nil {
 		return outcome(featReflink, err, "")
@@ -492,13 +446,13 @@ func (p *prober) reflink() kprobe.Result {
 func (p *prober) idmap() kprobe.Result {
 	const first, size = 100_000, 65_536
 	ranges := []drivers.IDRange{{ContainerID: 0, HostID: first, Size: size}}
-	pl := plan{}
+	pl := upper.Plan{}
 	for _, n := range []string{"mapped1", "mapped2"} {
-		dir, err := p.scratch.mkdir(n)
+		dir, err := p.scratch.Mkdir(n)
 		if err != nil {
 			return outcome(featIDMap, err, "")
 		}
-		pl.lowers = append(pl.lowers, dir)
+		pl.Lowers = append(pl.Lowers, dir)
 	}
 	m, err := p.mount(pl, drivers.IDMap{UIDs: ranges, GIDs: ranges})
 	if errdefs.IsNotImplemented(err) || errdefs.IsPermissionDenied(err) {
@@ -530,47 +484,15 @@ func (p *prober) quota() kprobe.Result {
 	return r
 }
 
-func (p *prober) tryQuota() (err error) {
+// tryQuota bounds the upper of an overlay.
+func (p *prober) tryQuota() error {
 	const limit = 1 << 20
-	dir, err := p.scratch.mkdir("quota")
-	if err != nil {
-		return err
-	}
-	q, err := sys.OpenDir(dir)
-	if err != nil {
-		return err
-	}
-	defer q.Close()
-	if _, err := q.ProjectQuota(projectBase); err != nil && !errors.Is(err, syscall.ENOENT) {
-		return err
-	}
-	pl := plan{lowers: []string{filepath.Join(p.scratch.path, "lower")}, upper: dir + "/" + fsDir, work: dir + "/" + workDir}
-	for _, n := range []string{fsDir, workDir} {
-		if err := q.Mkdir(n, 0o755); err != nil {
+	return upper.TryQuota(p.scratch, limit, func(up, work string) error {
+		m, err := p.mount(upper.Plan{Lowers: []string{p.scratch.Path() + "/lower"}, Upper: up, Work: work}, drivers.IDMap{})
+		if err != nil {
 			return err
 		}
-	}
-	project, err := limitProject(q, drivers.ID(os.Getpid()), limit)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, q.SetProjectQuota(project, sys.ProjectQuota{})) }()
-	return p.overflow(pl, limit)
-}
-
-// overflow writes twice the limit and wants to be refused.
-func (p *prober) overflow(pl plan, limit int) error {
-	m, err := p.mount(pl, drivers.IDMap{})
-	if err != nil {
-		return err
-	}
-	defer m.Close()
-	err = os.WriteFile(m.Path()+"/big", make([]byte, 2*limit), 0o600)
-	if errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.ENOSPC) {
-		return nil
-	}
-	if err == nil {
-		return fmt.Errorf("a limit is not enforced (mounted with pqnoenforce?): %w", syscall.EOPNOTSUPP)
-	}
-	return err
+		defer m.Close()
+		return os.WriteFile(m.Path()+"/big", make([]byte, 2*limit), 0o600)
+	})
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/layerctl/layerctl/drivers/upper"
 	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
 )
@@ -52,7 +53,7 @@ func rootFeatures(ctx context.Context, root string) features {
 		return probeFeatures(ctx, root)
 	}
 	var p probed
-	stored := readJSON(dir, probedFile, &p) == nil
+	stored := upper.ReadJSON(dir, probedFile, &p) == nil
 	if stored && p.Key == key {
 		return p.features()
 	}
@@ -61,7 +62,7 @@ func rootFeatures(ctx context.Context, root string) features {
 		return p.features() // nothing can be tried, only read: as it was when it could be written
 	}
 	if p, ok := remember(key, f); ok {
-		_ = writeJSON(dir, probedFile, p, false) // another process may be writing the same
+		_ = upper.WriteJSON(dir, probedFile, p, false) // another process may be writing the same
 	}
 	return f
 }
@@ -76,16 +77,16 @@ func probeKey(dir *sys.Fd, root string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	d := &Driver{}
-	if d.real, err = filepath.EvalSymlinks(root); err != nil {
+	real, err := filepath.EvalSymlinks(root)
+	if err != nil {
 		return "", err
 	}
-	in, ok := d.mountInfo()
+	in, ok := upper.MountOf(real)
 	if !ok {
 		return "", os.ErrNotExist
 	}
 	label, _ := os.ReadFile("/proc/self/attr/current") // a security module decides, too
-	return fmt.Sprintf("%d %s %q uid=%d dev=%x %s %q %q %q", probeVersion, bootID(), strings.Fields(string(ids)), os.Geteuid(),
+	return fmt.Sprintf("%d %s %q uid=%d dev=%x %s %q %q %q", probeVersion, upper.BootID(), strings.Fields(string(ids)), os.Geteuid(),
 		st.Dev, in.Type, in.Options, in.SuperOptions, label), nil
 }
 

@@ -128,7 +128,7 @@ func TestRemoveOfSubvolumes(t *testing.T) {
 	})
 	deep, err := sys.OpenDir(b.fs(r.ID) + "/sub/d/inner")
 	b.check(err)
-	for range 3 * maxOpen {
+	for range 3 * openAtRemoval {
 		b.check(deep.Mkdir("d", 0o755))
 		next, err := deep.Openat("d", sys.O_RDONLY|sys.O_DIRECTORY, 0)
 		b.check(err)

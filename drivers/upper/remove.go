@@ -1,11 +1,10 @@
-package overlay
+package upper
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -16,47 +15,47 @@ import (
 
 // Remove renames the layer away, so that no half-deleted one is ever seen as a
 // layer, and deletes it. What a crash leaves IDs lists, and Remove again takes.
-func (d *Driver) Remove(ctx context.Context, id drivers.ID) error {
-	return drivers.Wrap(driverName, "remove", id, d.remove(ctx, id))
+func (l *Layers) Remove(ctx context.Context, id drivers.ID) error {
+	return l.wrap("remove", id, l.remove(ctx, id))
 }
 
-func (d *Driver) remove(ctx context.Context, id drivers.ID) error {
+func (l *Layers) remove(ctx context.Context, id drivers.ID) error {
 	if id == 0 {
 		return fmt.Errorf("layer 0: %w", errdefs.ErrInvalidArgument)
 	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := d.refuseMounted(ctx, id); err != nil {
+	if err := l.refuseMounted(ctx, id); err != nil {
 		return err
 	}
-	project, err := d.trash(id)
+	project, err := l.trash(id)
 	if err != nil {
 		return err
 	}
-	if err := drivers.Step(ctx, "overlay: remove: renamed"); err != nil {
+	if err := l.step(ctx, "remove: renamed"); err != nil {
 		return err
 	}
 	for _, n := range []string{id.String() + newSuffix, id.String() + delSuffix} {
-		if p := d.projectOf(n); p != 0 {
+		if p := l.projectOf(n); p != 0 {
 			project = p
 		}
-		if err := d.removeTree(ctx, n); err != nil {
+		if err := l.removeTree(ctx, n); err != nil {
 			return err
 		}
 	}
-	return d.unlimit(project)
+	return l.unlimit(project)
 }
 
 // trash renames ID to ID.del and returns its quota's project. Where ID.del
 // stands already, an earlier Remove has come that far.
-func (d *Driver) trash(id drivers.ID) (project uint32, err error) {
-	root, err := sys.OpenDir(d.root)
+func (l *Layers) trash(id drivers.ID) (project uint32, err error) {
+	root, err := sys.OpenDir(l.root)
 	if err != nil {
 		return 0, err
 	}
 	defer root.Close()
-	project = d.projectOf(id.String())
+	project = l.projectOf(id.String())
 	err = root.Rename(id.String(), root, id.String()+delSuffix, sys.RENAME_NOREPLACE)
 	if errors.Is(err, os.ErrNotExist) {
 		return project, nil
@@ -65,19 +64,25 @@ func (d *Driver) trash(id drivers.ID) (project uint32, err error) {
 }
 
 // removeTree deletes ROOT/name with all below it; nil if it is not there.
-func (d *Driver) removeTree(ctx context.Context, name string) error {
-	root, err := sys.OpenDir(d.root)
+func (l *Layers) removeTree(ctx context.Context, name string) error {
+	root, err := sys.OpenDir(l.root)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
-	return removeTree(ctx, root, name)
+	r := remover{ctx: ctx, top: root, base: name, step: func() error { return l.step(ctx, "remove: some files gone") }}
+	return r.all()
 }
 
 // removeTree deletes name in dir with all below it; nil if it is not there.
 func removeTree(ctx context.Context, dir *sys.Fd, name string) error {
 	r := remover{ctx: ctx, top: dir, base: name}
-	err := r.remove(dir, name, 0)
+	return r.all()
+}
+
+// all deletes the tree.
+func (r *remover) all() error {
+	err := r.remove(r.top, r.base, 0)
 	if errors.Is(err, syscall.EROFS) {
 		return fmt.Errorf("a read-only btrfs subvolume is in the layer, or the file system is read-only: "+
 			"delete the subvolume (btrfs subvolume delete), then remove the layer again: %w", err)
@@ -93,6 +98,7 @@ type remover struct {
 	ctx     context.Context
 	top     *sys.Fd // where base is
 	base    string
+	step    func() error // after some files; nil: nobody asks
 	entries int64
 	moved   int
 }
@@ -153,7 +159,7 @@ func (r *remover) moveUp(dir *sys.Fd, name string) error {
 		r.moved++
 		err := dir.Rename(name, top, fmt.Sprintf("deep.%d", r.moved), sys.RENAME_NOREPLACE)
 		if errors.Is(err, syscall.EXDEV) { // a subvolume is in between: take it apart where it is
-			inner := remover{ctx: r.ctx, top: dir, base: name}
+			inner := remover{ctx: r.ctx, top: dir, base: name, step: r.step}
 			return inner.remove(dir, name, 0)
 		}
 		if !errors.Is(err, syscall.EEXIST) {
@@ -169,7 +175,10 @@ func (r *remover) count() error {
 		return nil
 	}
 	drivers.ReportProgress(r.ctx, drivers.Progress{Step: "remove", Entries: r.entries})
-	return drivers.Step(r.ctx, "overlay: remove: some files gone")
+	if r.step == nil {
+		return r.ctx.Err()
+	}
+	return r.step()
 }
 
 // openForRemoval opens a directory whose mode may forbid that to its owner:
@@ -191,47 +200,4 @@ func openForRemoval(dir *sys.Fd, name string) (*sys.Fd, error) {
 		return nil, err
 	}
 	return dir.Openat(name, flags, 0)
-}
-
-// sweepProbes deletes scratch directories of probes that were killed: those that
-// nobody holds locked.
-func sweepProbes(root string) error {
-	dir, err := sys.OpenDir(root)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	ents, err := dir.ReadDir()
-	if err != nil {
-		return err
-	}
-	for _, e := range ents {
-		if !strings.HasPrefix(e.Name, probePrefix) {
-			continue
-		}
-		if err := sweepProbe(dir, e.Name); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func sweepProbe(dir *sys.Fd, name string) error {
-	p, err := dir.Openat(name, sys.O_RDONLY|sys.O_DIRECTORY, 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer p.Close()
-	l, err := p.TryLock(sys.LockExclusive)
-	if sys.IsLocked(err) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	return removeTree(context.Background(), dir, name)
 }

@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"context"
@@ -16,12 +16,12 @@ import (
 // Apply unpacks tar straight into the layer's upper, in overlayfs's encoding. A
 // layer without parents may get them at Commit, so applied.json is written first
 // and says afterwards which directories were made up.
-func (d *Driver) Apply(ctx context.Context, r drivers.Ref, tar io.Reader, o layer.ApplyOptions) error {
-	return drivers.Wrap(driverName, "apply", r.ID, d.apply(ctx, r, tar, o))
+func (l *Layers) Apply(ctx context.Context, r drivers.Ref, tar io.Reader, o layer.ApplyOptions) error {
+	return l.wrap("apply", r.ID, l.apply(ctx, r, tar, o))
 }
 
-func (d *Driver) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o layer.ApplyOptions) error {
-	s, err := d.loadRef(r)
+func (l *Layers) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o layer.ApplyOptions) error {
+	s, err := l.loadRef(r)
 	if err != nil {
 		return err
 	}
@@ -31,43 +31,43 @@ func (d *Driver) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o laye
 	if err := refuseRebasing(s); err != nil {
 		return err
 	}
-	if !s.about.IDMap.IsZero() {
+	if s.hostIDs() {
 		return fmt.Errorf("has an id map, and an archive has container ids: %w", errdefs.ErrNotImplemented)
 	}
-	if err := d.refuseWriters(ctx, r.ID); err != nil {
+	if err := l.refuseWriters(ctx, r.ID); err != nil {
 		return err
 	}
-	o.Whiteouts = d.whiteouts()
-	o.OverrideStat = o.OverrideStat || d.keepsStat()
+	o.Whiteouts = l.whiteouts()
+	o.OverrideStat = o.OverrideStat || l.keepsStat()
 	if len(r.Parents) == 0 {
-		return d.applyAlone(ctx, r, tar, o)
+		return l.applyAlone(ctx, r, tar, o)
 	}
-	lower, err := d.chainTree(ctx, r.Parents)
+	lower, err := l.chainTree(ctx, r.Parents)
 	if err != nil {
 		return err
 	}
 	defer lower.Close()
 	o.Lower = lower.Path()
-	return layer.Apply(ctx, d.fs(r.ID), tar, o)
+	return layer.Apply(ctx, l.Dir(r.ID), tar, o)
 }
 
 // applyAlone applies a layer whose parents are not known.
-func (d *Driver) applyAlone(ctx context.Context, r drivers.Ref, tar io.Reader, o layer.ApplyOptions) error {
-	dir, err := d.openLayer(r.ID)
+func (l *Layers) applyAlone(ctx context.Context, r drivers.Ref, tar io.Reader, o layer.ApplyOptions) error {
+	dir, err := l.openLayer(r.ID)
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
 	var a applied
-	err = readJSON(dir, appliedFile, &a)
+	err = ReadJSON(dir, appliedFile, &a)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
 	rootNamed := err == nil && !a.implies(".") // by an archive before this one
-	if err := writeJSON(dir, appliedFile, a, false); err != nil {
+	if err := WriteJSON(dir, appliedFile, a, false); err != nil {
 		return err
 	}
-	if err := drivers.Step(ctx, "overlay: apply: marked"); err != nil {
+	if err := l.step(ctx, "apply: marked"); err != nil {
 		return err
 	}
 	caller := o.Implied
@@ -81,12 +81,12 @@ func (d *Driver) applyAlone(ctx context.Context, r drivers.Ref, tar io.Reader, o
 		}
 	}
 	o.Lower = ""
-	if err := layer.Apply(ctx, d.fs(r.ID), tar, o); err != nil {
+	if err := layer.Apply(ctx, l.Dir(r.ID), tar, o); err != nil {
 		return err
 	}
-	return writeJSON(dir, appliedFile, a, !o.Volatile)
+	return WriteJSON(dir, appliedFile, a, !o.Volatile)
 }
 
 // keepsStat reports whether owners that this process may not set are kept in an
 // xattr, as Capabilities.Lost says.
-func (d *Driver) keepsStat() bool { return d.opts.userxattr }
+func (l *Layers) keepsStat() bool { return l.userxattr() }

@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"context"
@@ -14,11 +14,12 @@ import (
 	lmount "github.com/layerctl/layerctl/mount"
 )
 
-// An id-mapped layer shows its parents' files shifted: mount/ gives overlayfs
+// An id-mapped layer shows its parents' files shifted. The kernel's overlayfs gets
 // id-mapped clones of the lowers (containerd's convention: uidmap= and gidmap=
-// beside lowerdir= are about the lowers). What is written goes to the upper as
-// it is, with host ids. So the upper is shifted back where it meets the stored
-// ids of others: for Diff by an id-mapped clone, at Commit on disk.
+// beside lowerdir= are about the lowers); what is written goes to the upper as it
+// is, with host ids. So such an upper is shifted back where it meets the stored
+// ids of others: for Diff by an id-mapped clone, at Commit on disk. A union that
+// maps ids both ways itself has none of that (Config.StoredIDs).
 
 // checkIDMap refuses maps that are half given, empty or ambiguous.
 func checkIDMap(m drivers.IDMap) error {
@@ -74,8 +75,12 @@ func inverseRanges(rs []drivers.IDRange) []drivers.IDRange {
 }
 
 // unshifted shows the layer's upper with container ids.
-func (d *Driver) unshifted(ctx context.Context, s *state) (*lmount.Tree, error) {
-	return lmount.Detached(ctx, []lmount.Mount{bind(d.fs(s.id), true, inverse(s.about.IDMap))})
+func (l *Layers) unshifted(ctx context.Context, s *state) (Tree, error) {
+	m, err := lmount.Detached(ctx, []lmount.Mount{bind(l.Dir(s.id), true, inverse(s.about.IDMap))})
+	if err != nil {
+		return nil, err
+	}
+	return m, nil
 }
 
 // identity is what of a file's metadata depends on ids: its owner, and the
@@ -97,11 +102,11 @@ const targetXattr = "trusted.overlay.layerctl.target"
 
 // unshift stores the container ids of an id-mapped layer again. The kernel
 // translates them: they are read through an id-mapped mount and written plainly.
-func (d *Driver) unshift(ctx context.Context, s *state) error {
-	if s.about.IDMap.IsZero() {
+func (l *Layers) unshift(ctx context.Context, s *state) error {
+	if !s.hostIDs() {
 		return nil
 	}
-	shown, err := d.unshifted(ctx, s)
+	shown, err := l.unshifted(ctx, s)
 	if err != nil {
 		return err
 	}
@@ -111,7 +116,7 @@ func (d *Driver) unshift(ctx context.Context, s *state) error {
 		return err
 	}
 	defer from.Close()
-	to, err := sys.OpenDir(d.fs(s.id))
+	to, err := sys.OpenDir(l.Dir(s.id))
 	if err != nil {
 		return err
 	}
@@ -120,12 +125,13 @@ func (d *Driver) unshift(ctx context.Context, s *state) error {
 	if err != nil {
 		return err
 	}
-	u := unshifter{ctx: ctx, back: inverse(s.about.IDMap), dev: st.Dev}
+	u := unshifter{ctx: ctx, l: l, back: inverse(s.about.IDMap), dev: st.Dev}
 	return u.file(from, to, "")
 }
 
 type unshifter struct {
 	ctx  context.Context
+	l    *Layers
 	back drivers.IDMap // from host to container ids
 	dev  uint64        // of the layer
 	n    int
@@ -136,7 +142,7 @@ type unshifter struct {
 // the map.
 func (u *unshifter) file(from, to *sys.Fd, name string) error {
 	if u.n++; u.n%256 == 0 {
-		if err := drivers.Step(u.ctx, "overlay: commit: some ids shifted"); err != nil {
+		if err := u.l.step(u.ctx, "commit: some ids shifted"); err != nil {
 			return err
 		}
 	}

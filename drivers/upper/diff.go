@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"context"
@@ -10,18 +10,17 @@ import (
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/layer"
-	lmount "github.com/layerctl/layerctl/mount"
 )
 
-// Diff compares the two trees as the kernel shows them, so that redirects, files
-// without data and whiteouts of any encoding are what the kernel takes them for.
+// Diff compares the two trees as the union shows them, so that redirects, files
+// without data and whiteouts of any encoding are what it takes them for.
 // Where to look is taken from the uppers of the layers by which the two chains
 // differ: O(changes).
-func (d *Driver) Diff(ctx context.Context, from, to drivers.Ref) iter.Seq2[layer.Change, error] {
+func (l *Layers) Diff(ctx context.Context, from, to drivers.Ref) iter.Seq2[layer.Change, error] {
 	return func(yield func(layer.Change, error) bool) {
-		err := d.diff(ctx, from, to, yield)
+		err := l.diff(ctx, from, to, yield)
 		if err != nil && !errors.Is(err, errStopped) {
-			yield(layer.Change{}, drivers.Wrap(driverName, "diff", to.ID, err))
+			yield(layer.Change{}, l.wrap("diff", to.ID, err))
 		}
 	}
 }
@@ -29,20 +28,23 @@ func (d *Driver) Diff(ctx context.Context, from, to drivers.Ref) iter.Seq2[layer
 // errStopped says that the consumer of a sequence has enough.
 var errStopped = errors.New("stopped")
 
-func (d *Driver) diff(ctx context.Context, from, to drivers.Ref, yield func(layer.Change, error) bool) error {
-	toTree, err := d.tree(ctx, to)
+func (l *Layers) diff(ctx context.Context, from, to drivers.Ref, yield func(layer.Change, error) bool) error {
+	toTree, err := l.tree(ctx, to)
 	if err != nil {
 		return err
 	}
 	defer toTree.Close()
-	fromTree, err := d.tree(ctx, from)
+	fromTree, err := l.tree(ctx, from)
 	if err != nil {
 		return err
 	}
 	defer fromTree.Close()
-	o := layer.DiffOptions{SameFile: sameInode, OverrideStat: d.keepsStat()}
+	o := layer.DiffOptions{OverrideStat: l.keepsStat()}
+	if l.cfg.RealInodes {
+		o.SameFile = sameInode
+	}
 	if from.ID != 0 {
-		c := candidates{d: d}
+		c := candidates{l: l}
 		defer c.close()
 		if err := c.open(differing(from, to)); err != nil {
 			return err
@@ -60,16 +62,15 @@ func (d *Driver) diff(ctx context.Context, from, to drivers.Ref, yield func(laye
 	return nil
 }
 
-// sameInode: all layers lie on one file system, and a mount of lowers only
-// shows the number of the file that is seen (fs/overlayfs/inode.c:ovl_getattr,
-// 6.18: that of the origin is shown for an upper alone). So one number is one
-// file: there is no subvolume in a layer (refuseNested).
+// sameInode: all layers lie on one file system, and a merged tree shows the number
+// of the file that is seen (Config.RealInodes). So one number is one file: there
+// is no subvolume in a layer (refuseNested).
 func sameInode(from, to *sys.Stat) bool { return from.Ino == to.Ino }
 
-// tree is a layer's merged tree, read-only and attached nowhere.
+// tree is a layer's merged tree, read-only.
 type tree struct {
 	path string
-	held []*lmount.Tree // the first made first
+	held []Tree // the first made first
 }
 
 // Path returns a path of the tree's root; "" is the empty tree.
@@ -83,21 +84,21 @@ func (t *tree) Close() {
 }
 
 // tree makes the merged tree of a layer as it is stored; the zero Ref is empty.
-func (d *Driver) tree(ctx context.Context, r drivers.Ref) (*tree, error) {
+func (l *Layers) tree(ctx context.Context, r drivers.Ref) (*tree, error) {
 	if r.ID == 0 {
 		return &tree{}, nil
 	}
-	s, err := d.loadRef(r)
+	s, err := l.loadRef(r)
 	if err != nil {
 		return nil, err
 	}
-	if err := d.refuseNested(ctx, s); err != nil {
+	if err := l.refuseNested(ctx, s); err != nil {
 		return nil, err
 	}
 	t := &tree{}
-	p, err := d.storedPlan(ctx, s, r, t)
+	lowers, err := l.stored(ctx, s, r, t)
 	if err == nil {
-		err = d.show(ctx, t, p)
+		err = l.show(ctx, t, lowers)
 	}
 	if err != nil {
 		t.Close()
@@ -106,57 +107,54 @@ func (d *Driver) tree(ctx context.Context, r drivers.Ref) (*tree, error) {
 	return t, nil
 }
 
-// storedPlan lists the lowers that show a layer as it is stored: an id-mapped
-// one's upper with container ids.
-func (d *Driver) storedPlan(ctx context.Context, s *state, r drivers.Ref, t *tree) (plan, error) {
-	p := plan{metacopy: !d.opts.userxattr}
+// stored lists the lowers that show a layer as it is stored: one whose upper has
+// host ids with container ids.
+func (l *Layers) stored(ctx context.Context, s *state, r drivers.Ref, t *tree) (lowers []string, err error) {
 	switch {
 	case s.about.View && len(r.Parents) > 0:
 		// its own directory is empty
-	case s.writable() && !s.about.IDMap.IsZero():
-		m, err := d.unshifted(ctx, s)
+	case s.writable() && s.hostIDs():
+		m, err := l.unshifted(ctx, s)
 		if err != nil {
-			return p, err
+			return nil, err
 		}
 		t.held = append(t.held, m)
-		p.lowers = append(p.lowers, m.Path())
+		lowers = append(lowers, m.Path())
 	default:
-		p.lowers = append(p.lowers, d.fs(r.ID))
+		lowers = append(lowers, l.Dir(r.ID))
 	}
 	for _, id := range r.Parents {
-		p.lowers = append(p.lowers, d.fs(id))
+		lowers = append(lowers, l.Dir(id))
 	}
 	if s.applied {
-		p.lowers = append(p.lowers, d.path(emptyDir))
+		lowers = append(lowers, l.path(emptyDir))
 	}
-	return p, nil
+	return lowers, nil
 }
 
 // chainTree makes the merged tree of a chain of committed layers.
-func (d *Driver) chainTree(ctx context.Context, ids []drivers.ID) (*tree, error) {
+func (l *Layers) chainTree(ctx context.Context, ids []drivers.ID) (*tree, error) {
 	if len(ids) == 0 {
-		return &tree{path: d.path(emptyDir)}, nil
+		return &tree{path: l.path(emptyDir)}, nil
 	}
-	return d.tree(ctx, drivers.Ref{ID: ids[0], Parents: ids[1:]})
+	return l.tree(ctx, drivers.Ref{ID: ids[0], Parents: ids[1:]})
 }
 
-// show mounts a plan of lowers; one directory is shown as it is.
-func (d *Driver) show(ctx context.Context, t *tree, p plan) error {
-	if len(p.lowers) == 1 {
-		t.path = p.lowers[0]
+// show opens the merged tree of lowers; one directory is shown as it is.
+func (l *Layers) show(ctx context.Context, t *tree, lowers []string) error {
+	if len(lowers) == 1 {
+		t.path = lowers[0]
 		return nil
 	}
-	if n := len(p.lowers) - maxLowers; n > 0 {
+	if len(lowers) > MaxLowers {
 		// One more than fits, a writable layer on 500: what is at the bottom is
-		// merged by an overlay of its own.
-		below := p
-		below.lowers = p.lowers[maxLowers-2:]
-		if err := d.show(ctx, t, below); err != nil {
+		// merged by a mount of its own.
+		if err := l.show(ctx, t, lowers[MaxLowers-2:]); err != nil {
 			return err
 		}
-		p.lowers = append(slices.Clone(p.lowers[:maxLowers-2]), t.path)
+		lowers = append(slices.Clone(lowers[:MaxLowers-2]), t.path)
 	}
-	m, err := lmount.Detached(ctx, []lmount.Mount{d.opts.mount(p)})
+	m, err := l.cfg.Union.Merge(ctx, lowers)
 	if err != nil {
 		return err
 	}
@@ -179,13 +177,13 @@ func differing(from, to drivers.Ref) []drivers.ID {
 // candidates names what may differ in a directory: what any of some layers has
 // there.
 type candidates struct {
-	d   *Driver
+	l   *Layers
 	fds []*sys.Fd // the layers' fs directories
 }
 
 func (c *candidates) open(ids []drivers.ID) error {
 	for _, id := range ids {
-		fd, err := sys.OpenDir(c.d.fs(id))
+		fd, err := sys.OpenDir(c.l.Dir(id))
 		if err != nil {
 			return err
 		}
@@ -237,9 +235,9 @@ func (c *candidates) of(layer *sys.Fd, dir string) (names []string, all bool, er
 // hides reports whether a directory of a layer does not simply merge with what
 // the same path has below.
 func (c *candidates) hides(f *sys.Fd) (bool, error) {
-	if opaque, err := c.d.isOpaque(f); opaque || err != nil {
+	if opaque, err := c.l.isOpaque(f); opaque || err != nil {
 		return opaque, err
 	}
-	redirect, err := optionalXattr(f, "", c.d.xattr("redirect"))
+	redirect, err := optionalXattr(f, "", c.l.xattr("redirect"))
 	return redirect != "", err
 }

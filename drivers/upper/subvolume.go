@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"context"
@@ -28,11 +28,11 @@ func nestedError(path string) error {
 }
 
 // refuseNested looks for subvolumes in a layer that Commit has not looked at.
-func (d *Driver) refuseNested(ctx context.Context, s *state) error {
-	if d.features.fs != sys.BTRFS_SUPER_MAGIC || !s.writable() {
+func (l *Layers) refuseNested(ctx context.Context, s *state) error {
+	if l.fsType != sys.BTRFS_SUPER_MAGIC || !s.writable() {
 		return nil
 	}
-	fs, err := sys.OpenDir(d.fs(s.id))
+	fs, err := sys.OpenDir(l.Dir(s.id))
 	if err != nil {
 		return err
 	}

@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"errors"
@@ -88,11 +88,11 @@ func setProjects(dir *sys.Fd, p uint32) (marked int64, err error) {
 
 // projectOf returns the quota's project of ROOT/name, in whatever state it is; 0
 // if it has none.
-func (d *Driver) projectOf(name string) uint32 {
-	if !d.features.has(featQuota) {
+func (l *Layers) projectOf(name string) uint32 {
+	if !l.cfg.Capabilities.Quota {
 		return 0
 	}
-	fs, err := sys.OpenDir(d.path(name, fsDir))
+	fs, err := sys.OpenDir(l.path(name, fsDir))
 	if err != nil {
 		return 0
 	}
@@ -107,14 +107,51 @@ func (d *Driver) projectOf(name string) uint32 {
 // unlimit clears the limit of a project: of a removed layer, which frees its id,
 // or of a committed one, to which nothing is written any more and whose files
 // keep the id.
-func (d *Driver) unlimit(project uint32) error {
+func (l *Layers) unlimit(project uint32) error {
 	if project == 0 {
 		return nil
 	}
-	root, err := sys.OpenDir(d.root)
+	root, err := sys.OpenDir(l.root)
 	if err != nil {
 		return err
 	}
 	defer root.Close()
 	return root.SetProjectQuota(project, sys.ProjectQuota{})
+}
+
+// TryQuota finds out whether a project's limit is enforced: it bounds an upper and a
+// work directory in a scratch as those of a layer, and has overflow write more
+// than limit bytes there, through the union and as little privileged as the
+// union's users are. ENOSPC or EDQUOT are what it wants to hear from it.
+func TryQuota(s *Scratch, limit int64, overflow func(upper, work string) error) (err error) {
+	dir, err := s.Mkdir("quota")
+	if err != nil {
+		return err
+	}
+	q, err := sys.OpenDir(dir)
+	if err != nil {
+		return err
+	}
+	defer q.Close()
+	if _, err := q.ProjectQuota(projectBase); err != nil && !errors.Is(err, syscall.ENOENT) {
+		return err
+	}
+	for _, n := range []string{fsDir, workDir} {
+		if err := q.Mkdir(n, 0o755); err != nil {
+			return err
+		}
+	}
+	project, err := limitProject(q, drivers.ID(os.Getpid()), limit)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, q.SetProjectQuota(project, sys.ProjectQuota{})) }()
+	err = overflow(dir+"/"+fsDir, dir+"/"+workDir)
+	if errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.ENOSPC) {
+		return nil
+	}
+	if err == nil {
+		return fmt.Errorf("a limit is not enforced (mounted with pqnoenforce?): %w", syscall.EOPNOTSUPP)
+	}
+	return err
 }

@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"context"
@@ -41,7 +41,7 @@ const (
 // format is ROOT/format.json.
 type format struct {
 	Format int    `json:"format"`
-	Xattrs string `json:"xattrs"` // "trusted" or "user"
+	Xattrs Xattrs `json:"xattrs"`
 }
 
 // about is what Create was asked for: ROOT/ID/about.json.
@@ -51,6 +51,9 @@ type about struct {
 	Metacopy bool          `json:"metacopy,omitempty"` // a layer below has files without data
 	Project  uint32        `json:"project,omitempty"`  // of the quota; 0: none
 	IDMap    drivers.IDMap `json:"idmap,omitzero"`
+	// StoredIDs: the upper of an id-mapped layer has ids as they are stored; else
+	// it has those of the host until Commit.
+	StoredIDs bool `json:"storedIDs,omitempty"`
 }
 
 // committed says that a layer is frozen: ROOT/ID/committed.json.
@@ -91,29 +94,33 @@ func (s *state) metacopy() bool {
 	return s.about.Metacopy || s.committed != nil && s.committed.Metacopy
 }
 
+// hostIDs reports whether the upper has the ids of the host.
+func (s *state) hostIDs() bool { return !s.about.IDMap.IsZero() && !s.about.StoredIDs }
+
 func (s *state) writable() bool { return s.committed == nil && !s.about.View }
 
 // path returns a path in ROOT.
-func (d *Driver) path(elem ...string) string {
-	return d.root + "/" + strings.Join(elem, "/")
+func (l *Layers) path(elem ...string) string {
+	return l.root + "/" + strings.Join(elem, "/")
 }
 
-// fs returns the layer's directory of files.
-func (d *Driver) fs(id drivers.ID) string { return d.path(id.String(), fsDir) }
+// Dir returns the path of a layer's own files: its upper, or the lower that it is
+// to others.
+func (l *Layers) Dir(id drivers.ID) string { return l.path(id.String(), fsDir) }
 
 // load reads a layer's state; ErrNotFound if it is not there.
-func (d *Driver) load(id drivers.ID) (*state, error) {
-	dir, err := d.openLayer(id)
+func (l *Layers) load(id drivers.ID) (*state, error) {
+	dir, err := l.openLayer(id)
 	if err != nil {
 		return nil, err
 	}
 	defer dir.Close()
 	s := &state{id: id}
-	if err := readJSON(dir, aboutFile, &s.about); err != nil {
+	if err := ReadJSON(dir, aboutFile, &s.about); err != nil {
 		return nil, fmt.Errorf("layer %s: %w", id, lost(err))
 	}
 	var c committed
-	switch err := readJSON(dir, committedFile, &c); {
+	switch err := ReadJSON(dir, committedFile, &c); {
 	case err == nil:
 		s.committed = &c
 	case !errors.Is(err, os.ErrNotExist):
@@ -140,8 +147,8 @@ func lost(err error) error {
 }
 
 // loadRef is load, and checks that the caller's chain is the layer's.
-func (d *Driver) loadRef(r drivers.Ref) (*state, error) {
-	s, err := d.load(r.ID)
+func (l *Layers) loadRef(r drivers.Ref) (*state, error) {
+	s, err := l.load(r.ID)
 	if err != nil {
 		return nil, err
 	}
@@ -163,8 +170,8 @@ func name(id drivers.ID) string {
 }
 
 // openLayer opens ROOT/ID; ErrNotFound if it is not there.
-func (d *Driver) openLayer(id drivers.ID) (*sys.Fd, error) {
-	dir, err := sys.OpenDir(d.path(id.String()))
+func (l *Layers) openLayer(id drivers.ID) (*sys.Fd, error) {
+	dir, err := sys.OpenDir(l.path(id.String()))
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("layer %s: %w", id, errdefs.ErrNotFound)
 	}
@@ -173,11 +180,11 @@ func (d *Driver) openLayer(id drivers.ID) (*sys.Fd, error) {
 
 // IDs yields every layer on disk, those that Create or Remove left half done
 // too.
-func (d *Driver) IDs(ctx context.Context) iter.Seq2[drivers.ID, error] {
+func (l *Layers) IDs(ctx context.Context) iter.Seq2[drivers.ID, error] {
 	return func(yield func(drivers.ID, error) bool) {
-		names, err := d.names()
+		names, err := l.names()
 		if err != nil {
-			yield(0, fmt.Errorf("overlay: list %s: %w", d.root, err))
+			yield(0, fmt.Errorf("%s: list %s: %w", l.cfg.Capabilities.Driver, l.root, err))
 			return
 		}
 		seen := map[drivers.ID]bool{}
@@ -198,8 +205,8 @@ func (d *Driver) IDs(ctx context.Context) iter.Seq2[drivers.ID, error] {
 	}
 }
 
-func (d *Driver) names() ([]string, error) {
-	dir, err := sys.OpenDir(d.root)
+func (l *Layers) names() ([]string, error) {
+	dir, err := sys.OpenDir(l.root)
 	if err != nil {
 		return nil, err
 	}
@@ -222,8 +229,9 @@ func parseName(n string) (drivers.ID, bool) {
 	return drivers.ParseID(n)
 }
 
-// readJSON reads a small file of a directory.
-func readJSON(dir *sys.Fd, name string, v any) error {
+// ReadJSON reads a small file of a directory. One that is not whole wraps
+// ErrDataLoss.
+func ReadJSON(dir *sys.Fd, name string, v any) error {
 	f, err := dir.Openat(name, sys.O_RDONLY, 0)
 	if err != nil {
 		return err
@@ -239,9 +247,9 @@ func readJSON(dir *sys.Fd, name string, v any) error {
 	return nil
 }
 
-// writeJSON makes a small file appear whole in a directory: under a temporary
+// WriteJSON makes a small file appear whole in a directory: under a temporary
 // name, renamed last. durable flushes the file before and the directory after.
-func writeJSON(dir *sys.Fd, name string, v any, durable bool) error {
+func WriteJSON(dir *sys.Fd, name string, v any, durable bool) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return err
@@ -271,35 +279,36 @@ func writeFile(dir *sys.Fd, name string, b []byte, durable bool) error {
 	return f.Sync()
 }
 
-// openFormat reads or makes ROOT/format.json. A store made with the other
-// encoding is refused: its whiteouts would show as devices.
-func openFormat(root, xattrs string) error {
+// openFormat reads or makes ROOT/format.json, and returns the encoding of the
+// layers. One that is not among those that can be used is refused: its whiteouts
+// would show as devices.
+func openFormat(root string, usable []Xattrs) (Xattrs, error) {
 	dir, err := sys.OpenDir(root)
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer dir.Close()
 	var f format
-	err = readJSON(dir, formatFile, &f)
+	err = ReadJSON(dir, formatFile, &f)
 	if errors.Is(err, os.ErrNotExist) {
-		if err = writeJSON(dir, formatFile, format{formatVersion, xattrs}, false); err == nil {
-			return nil
+		if err = WriteJSON(dir, formatFile, format{formatVersion, usable[0]}, false); err == nil {
+			return usable[0], nil
 		}
 		if errors.Is(err, os.ErrNotExist) { // another process has just renamed our file
-			err = readJSON(dir, formatFile, &f)
+			err = ReadJSON(dir, formatFile, &f)
 		}
 	}
 	if err != nil {
-		return err
+		return "", err
 	}
 	switch {
 	case f.Format > formatVersion:
-		return fmt.Errorf("%s has format %d, this program knows %d: use a newer one: %w",
+		return "", fmt.Errorf("%s has format %d, this program knows %d: use a newer one: %w",
 			filepath.Join(root, formatFile), f.Format, formatVersion, errdefs.ErrFailedPrecondition)
-	case f.Xattrs != xattrs:
-		return fmt.Errorf("layers in %s have %s.overlay.* xattrs, this process can use %s.overlay.* only "+
+	case !slices.Contains(usable, f.Xattrs):
+		return "", fmt.Errorf("layers in %s have %s.overlay.* xattrs, this process can use %s.overlay.* only "+
 			"(one is for root, the other for a user namespace): use another root: %w",
-			root, f.Xattrs, xattrs, errdefs.ErrFailedPrecondition)
+			root, f.Xattrs, usable[0], errdefs.ErrFailedPrecondition)
 	}
-	return nil
+	return f.Xattrs, nil
 }

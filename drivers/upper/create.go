@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"context"
@@ -14,65 +14,65 @@ import (
 
 // Create makes the layer under a temporary name and renames it last: a crash
 // before leaves ID.new, which IDs lists and Remove takes.
-func (d *Driver) Create(ctx context.Context, r drivers.Ref, o drivers.CreateOptions) error {
-	err := d.create(ctx, r, o)
+func (l *Layers) Create(ctx context.Context, r drivers.Ref, o drivers.CreateOptions) error {
+	err := l.create(ctx, r, o)
 	if err != nil && !errors.Is(err, errdefs.ErrAlreadyExists) {
-		_ = d.removeTree(context.WithoutCancel(ctx), r.ID.String()+newSuffix)
+		_ = l.removeTree(context.WithoutCancel(ctx), r.ID.String()+newSuffix)
 	}
-	return drivers.Wrap(driverName, "create", r.ID, err)
+	return l.wrap("create", r.ID, err)
 }
 
-func (d *Driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOptions) error {
-	if err := d.checkCreate(r, o); err != nil {
+func (l *Layers) create(ctx context.Context, r drivers.Ref, o drivers.CreateOptions) error {
+	if err := l.checkCreate(r, o); err != nil {
 		return err
 	}
-	if err := drivers.Step(ctx, "overlay: create: checked"); err != nil {
+	if err := l.step(ctx, "create: checked"); err != nil {
 		return err
 	}
-	a := about{View: o.ReadOnly, IDMap: o.IDMap}
+	a := about{View: o.ReadOnly, IDMap: o.IDMap, StoredIDs: l.cfg.StoredIDs && !o.ReadOnly && !o.IDMap.IsZero()}
 	if len(r.Parents) > 0 {
-		p, err := d.parentState(r)
+		p, err := l.parentState(r)
 		if err != nil {
 			return err
 		}
 		a.Parent, a.Metacopy = p.id, p.metacopy()
 	}
 	tmp := r.ID.String() + newSuffix
-	if err := d.removeTree(ctx, tmp); err != nil { // of a crash
+	if err := l.removeTree(ctx, tmp); err != nil { // of a crash
 		return err
 	}
-	if err := d.build(ctx, tmp, r, o, a); err != nil {
+	if err := l.build(ctx, tmp, r, o, a); err != nil {
 		return err
 	}
-	return d.publish(ctx, tmp, r.ID)
+	return l.publish(ctx, tmp, r.ID)
 }
 
 // checkCreate refuses what cannot be, before anything is made.
-func (d *Driver) checkCreate(r drivers.Ref, o drivers.CreateOptions) error {
+func (l *Layers) checkCreate(r drivers.Ref, o drivers.CreateOptions) error {
 	if r.ID == 0 {
 		return fmt.Errorf("layer 0: %w", errdefs.ErrInvalidArgument)
 	}
-	if _, err := os.Lstat(d.path(r.ID.String())); err == nil {
+	if _, err := os.Lstat(l.path(r.ID.String())); err == nil {
 		return fmt.Errorf("layer %s: %w", r.ID, errdefs.ErrAlreadyExists)
 	}
-	if len(r.Parents) > maxLowers {
-		return fmt.Errorf("%d parents, overlayfs takes %d: %w", len(r.Parents), maxLowers, errdefs.ErrInvalidArgument)
+	if len(r.Parents) > MaxLowers {
+		return fmt.Errorf("%d parents, %d lowers are the most: %w", len(r.Parents), MaxLowers, errdefs.ErrInvalidArgument)
 	}
-	if !o.IDMap.IsZero() && !d.caps.IDMap {
-		return fmt.Errorf("id map: %w: %s", errdefs.ErrInvalidArgument, d.features.Detail(featIDMap))
+	if !o.IDMap.IsZero() && !l.cfg.Capabilities.IDMap {
+		return fmt.Errorf("id map: %w: %s", errdefs.ErrInvalidArgument, l.cfg.NoIDMap)
 	}
 	if o.Quota < 0 {
 		return fmt.Errorf("quota %d: %w", o.Quota, errdefs.ErrInvalidArgument)
 	}
-	if o.Quota > 0 && !d.caps.Quota {
-		return fmt.Errorf("quota: %w: %s", errdefs.ErrInvalidArgument, d.features.Detail(featQuota))
+	if o.Quota > 0 && !l.cfg.Capabilities.Quota {
+		return fmt.Errorf("quota: %w: %s", errdefs.ErrInvalidArgument, l.cfg.NoQuota)
 	}
 	return checkIDMap(o.IDMap)
 }
 
 // parentState loads the nearest parent, which must be committed.
-func (d *Driver) parentState(r drivers.Ref) (*state, error) {
-	p, err := d.load(r.Parents[0])
+func (l *Layers) parentState(r drivers.Ref) (*state, error) {
+	p, err := l.load(r.Parents[0])
 	if err != nil {
 		return nil, fmt.Errorf("parent: %w", err)
 	}
@@ -83,8 +83,8 @@ func (d *Driver) parentState(r drivers.Ref) (*state, error) {
 }
 
 // build makes the layer's directory under a temporary name.
-func (d *Driver) build(ctx context.Context, tmp string, r drivers.Ref, o drivers.CreateOptions, a about) error {
-	root, err := sys.OpenDir(d.root)
+func (l *Layers) build(ctx context.Context, tmp string, r drivers.Ref, o drivers.CreateOptions, a about) error {
+	root, err := sys.OpenDir(l.root)
 	if err != nil {
 		return err
 	}
@@ -97,13 +97,13 @@ func (d *Driver) build(ctx context.Context, tmp string, r drivers.Ref, o drivers
 		return err
 	}
 	defer dir.Close()
-	if err := drivers.Step(ctx, "overlay: create: made"); err != nil {
+	if err := l.step(ctx, "create: made"); err != nil {
 		return err
 	}
-	if err := d.buildDirs(dir, o); err != nil {
+	if err := l.buildDirs(dir, o); err != nil {
 		return err
 	}
-	if err := drivers.Step(ctx, "overlay: create: directories"); err != nil {
+	if err := l.step(ctx, "create: directories"); err != nil {
 		return err
 	}
 	if o.Quota > 0 {
@@ -111,14 +111,14 @@ func (d *Driver) build(ctx context.Context, tmp string, r drivers.Ref, o drivers
 			return err
 		}
 	}
-	if err := d.dressRoot(dir, r, o, a); err != nil {
+	if err := l.dressRoot(dir, r, o, a); err != nil {
 		return err
 	}
 	return writeFileJSON(dir, aboutFile, a)
 }
 
 // buildDirs makes fs, and work where there may be an upper.
-func (d *Driver) buildDirs(dir *sys.Fd, o drivers.CreateOptions) error {
+func (l *Layers) buildDirs(dir *sys.Fd, o drivers.CreateOptions) error {
 	if err := dir.Mkdir(fsDir, 0o755); err != nil {
 		return err
 	}
@@ -130,18 +130,18 @@ func (d *Driver) buildDirs(dir *sys.Fd, o drivers.CreateOptions) error {
 
 // dressRoot makes fs look like the parent's root, whose metadata it hides, or
 // as asked for.
-func (d *Driver) dressRoot(dir *sys.Fd, r drivers.Ref, o drivers.CreateOptions, a about) error {
+func (l *Layers) dressRoot(dir *sys.Fd, r drivers.Ref, o drivers.CreateOptions, a about) error {
 	fs, err := dir.Openat(fsDir, sys.O_RDONLY|sys.O_DIRECTORY, 0)
 	if err != nil {
 		return err
 	}
 	defer fs.Close()
 	m := a.IDMap
-	if o.ReadOnly {
+	if o.ReadOnly || a.StoredIDs {
 		m = drivers.IDMap{} // a view's own directory is a lower, and mapped as such
 	}
 	if len(r.Parents) > 0 {
-		return d.copyRoot(fs, r.Parents[0], m)
+		return l.copyRoot(fs, r.Parents[0], m)
 	}
 	owner := drivers.Owner{UID: shift(m.UIDs, 0), GID: shift(m.GIDs, 0)}
 	if o.RootOwner != nil {
@@ -158,8 +158,8 @@ func (d *Driver) dressRoot(dir *sys.Fd, r drivers.Ref, o drivers.CreateOptions, 
 }
 
 // copyRoot gives fs the metadata of a parent's root, shifted by m.
-func (d *Driver) copyRoot(fs *sys.Fd, parent drivers.ID, m drivers.IDMap) error {
-	from, err := sys.OpenDir(d.fs(parent))
+func (l *Layers) copyRoot(fs *sys.Fd, parent drivers.ID, m drivers.IDMap) error {
+	from, err := sys.OpenDir(l.Dir(parent))
 	if err != nil {
 		return err
 	}
@@ -172,11 +172,11 @@ func (d *Driver) copyRoot(fs *sys.Fd, parent drivers.ID, m drivers.IDMap) error 
 }
 
 // publish renames the finished directory; the last step.
-func (d *Driver) publish(ctx context.Context, tmp string, id drivers.ID) error {
-	if err := drivers.Step(ctx, "overlay: create: built"); err != nil {
+func (l *Layers) publish(ctx context.Context, tmp string, id drivers.ID) error {
+	if err := l.step(ctx, "create: built"); err != nil {
 		return err
 	}
-	root, err := sys.OpenDir(d.root)
+	root, err := sys.OpenDir(l.root)
 	if err != nil {
 		return err
 	}
@@ -189,5 +189,5 @@ func (d *Driver) publish(ctx context.Context, tmp string, id drivers.ID) error {
 
 // writeFileJSON writes a small file of a directory that nobody sees yet.
 func writeFileJSON(dir *sys.Fd, name string, v any) error {
-	return writeJSON(dir, name, v, false)
+	return WriteJSON(dir, name, v, false)
 }

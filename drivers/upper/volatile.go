@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"context"
@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -24,28 +26,28 @@ const incompatDir = "incompat"
 
 // readyVolatile prepares a writable layer to be mounted: notes the boot if p is
 // volatile, and clears the mark of an earlier volatile mount in this boot.
-func (d *Driver) readyVolatile(s *state, p plan) error {
-	if p.upper == "" || len(p.lowers) == 0 {
+func (l *Layers) readyVolatile(s *state, p Plan) error {
+	if p.Upper == "" || len(p.Lowers) == 0 {
 		return nil
 	}
-	if err := d.refuseLostVolatile(s); err != nil {
+	if err := l.refuseLostVolatile(s); err != nil {
 		return err
 	}
-	dir, err := d.openLayer(s.id)
+	dir, err := l.openLayer(s.id)
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	if err := clearIncompat(dir); err != nil || !p.volatile {
+	if err := clearIncompat(dir); err != nil || !p.Volatile {
 		return err
 	}
-	return writeFile(dir, volatileFile, []byte(bootID()), false)
+	return writeFile(dir, volatileFile, []byte(BootID()), false)
 }
 
 // refuseLostVolatile fails when the layer was mounted volatile in an earlier
 // boot: its content may never have reached the disk.
-func (d *Driver) refuseLostVolatile(s *state) error {
-	dir, err := d.openLayer(s.id)
+func (l *Layers) refuseLostVolatile(s *state) error {
+	dir, err := l.openLayer(s.id)
 	if err != nil {
 		return err
 	}
@@ -62,7 +64,7 @@ func (d *Driver) refuseLostVolatile(s *state) error {
 	if err != nil {
 		return err
 	}
-	if string(b) == bootID() {
+	if string(b) == BootID() {
 		return nil
 	}
 	return fmt.Errorf("was mounted volatile before the machine restarted, its content may be lost: remove it: %w", errdefs.ErrDataLoss)
@@ -79,4 +81,13 @@ func clearIncompat(dir *sys.Fd) error {
 	}
 	defer work.Close()
 	return removeTree(context.Background(), work, incompatDir)
+}
+
+// BootID names this boot of the machine.
+func BootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "unknown-" + strconv.Itoa(os.Getpid())
+	}
+	return strings.TrimSpace(string(b))
 }

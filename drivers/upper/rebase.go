@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"context"
@@ -31,8 +31,8 @@ import (
 // by one that does the same plan, and every step of a plan can be done again.
 
 // rebase fits the layer to the parents of r.
-func (d *Driver) rebase(ctx context.Context, s *state, r drivers.Ref, volatile bool) error {
-	dir, err := d.openLayer(s.id)
+func (l *Layers) rebase(ctx context.Context, s *state, r drivers.Ref, volatile bool) error {
+	dir, err := l.openLayer(s.id)
 	if err != nil {
 		return err
 	}
@@ -44,39 +44,34 @@ func (d *Driver) rebase(ctx context.Context, s *state, r drivers.Ref, volatile b
 	defer upper.Close()
 	p := s.rebase
 	if p == nil {
-		if p, err = d.planRebase(ctx, s, r, dir, upper); err != nil || p.empty() {
+		if p, err = l.planRebase(ctx, s, r, dir, upper); err != nil || p.empty() {
 			return err
 		}
-		if err := d.step(ctx, "commit: rebase planned"); err != nil {
+		if err := l.step(ctx, "commit: rebase planned"); err != nil {
 			return err
 		}
-		if err := writeJSON(dir, rebaseFile, p, !volatile); err != nil {
+		if err := WriteJSON(dir, rebaseFile, p, !volatile); err != nil {
 			return err
 		}
-		if err := d.step(ctx, "commit: rebase noted"); err != nil {
+		if err := l.step(ctx, "commit: rebase noted"); err != nil {
 			return err
 		}
 	}
-	return p.do(dir, upper, d.xattr("opaque"), func() error { return d.step(ctx, "commit: a part rebased") })
-}
-
-// step marks a step of this driver; see drivers.Step.
-func (d *Driver) step(ctx context.Context, done string) error {
-	return drivers.Step(ctx, driverName+": "+done)
+	return p.do(dir, upper, l.xattr("opaque"), func() error { return l.step(ctx, "commit: a part rebased") })
 }
 
 // planRebase decides what a rebase changes. It changes nothing itself.
-func (d *Driver) planRebase(ctx context.Context, s *state, r drivers.Ref, dir, upper *sys.Fd) (*rebasePlan, error) {
+func (l *Layers) planRebase(ctx context.Context, s *state, r drivers.Ref, dir, upper *sys.Fd) (*rebasePlan, error) {
 	var a applied
-	if err := readJSON(dir, appliedFile, &a); err != nil {
+	if err := ReadJSON(dir, appliedFile, &a); err != nil {
 		return nil, err
 	}
-	b, err := newRebaser(d.whiteouts(), d.xattr("opaque"), upper, a)
+	b, err := newRebaser(l.whiteouts(), l.xattr("opaque"), upper, a)
 	if err != nil {
 		return nil, err
 	}
 	if len(r.Parents) == 0 {
-		found, err := d.survey(ctx, s.id, surveyOptions{whiteouts: true})
+		found, err := l.survey(ctx, s.id, surveyOptions{whiteouts: true})
 		if err != nil {
 			return nil, err
 		}
@@ -85,7 +80,7 @@ func (d *Driver) planRebase(ctx context.Context, s *state, r drivers.Ref, dir, u
 	if len(a.Implied) == 0 {
 		return &rebasePlan{}, nil
 	}
-	tree, err := d.chainTree(ctx, r.Parents)
+	tree, err := l.chainTree(ctx, r.Parents)
 	if err != nil {
 		return nil, err
 	}
@@ -100,7 +95,7 @@ func (d *Driver) planRebase(ctx context.Context, s *state, r drivers.Ref, dir, u
 // loadRebase reads the plan of a rebase that was begun; nil if none was.
 func loadRebase(dir *sys.Fd) (*rebasePlan, error) {
 	p := &rebasePlan{}
-	err := readJSON(dir, rebaseFile, p)
+	err := ReadJSON(dir, rebaseFile, p)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, nil
 	}

@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"context"
@@ -12,16 +12,16 @@ import (
 
 // Usage measures the layer's own directory, O(changes); a committed layer's
 // stands in committed.json.
-func (d *Driver) Usage(ctx context.Context, r drivers.Ref) (drivers.Usage, error) {
-	s, err := d.load(r.ID)
+func (l *Layers) Usage(ctx context.Context, r drivers.Ref) (drivers.Usage, error) {
+	s, err := l.load(r.ID)
 	if err != nil {
-		return drivers.Usage{}, drivers.Wrap(driverName, "usage", r.ID, err)
+		return drivers.Usage{}, l.wrap("usage", r.ID, err)
 	}
 	if s.committed != nil {
 		return drivers.Usage{Bytes: s.committed.Bytes, Inodes: s.committed.Inodes}, nil
 	}
-	c, err := d.survey(ctx, r.ID, surveyOptions{})
-	return c.usage, drivers.Wrap(driverName, "usage", r.ID, err)
+	c, err := l.survey(ctx, r.ID, surveyOptions{})
+	return c.usage, l.wrap("usage", r.ID, err)
 }
 
 // census is what a walk of a layer's directory finds.
@@ -40,7 +40,7 @@ type surveyOptions struct {
 // surveyor walks a layer's directory, one open directory for each level.
 type surveyor struct {
 	ctx  context.Context
-	d    *Driver
+	l    *Layers
 	o    surveyOptions
 	w    layer.Whiteouts
 	c    census
@@ -49,13 +49,13 @@ type surveyor struct {
 	n    int
 }
 
-func (d *Driver) survey(ctx context.Context, id drivers.ID, o surveyOptions) (census, error) {
-	fs, err := sys.OpenDir(d.fs(id))
+func (l *Layers) survey(ctx context.Context, id drivers.ID, o surveyOptions) (census, error) {
+	fs, err := sys.OpenDir(l.Dir(id))
 	if err != nil {
 		return census{}, err
 	}
 	defer fs.Close()
-	v := surveyor{ctx: ctx, d: d, o: o, w: d.whiteouts(), seen: map[[2]uint64]struct{}{}}
+	v := surveyor{ctx: ctx, l: l, o: o, w: l.whiteouts(), seen: map[[2]uint64]struct{}{}}
 	s, err := fs.Stat("")
 	if err != nil {
 		return census{}, err
@@ -64,14 +64,6 @@ func (d *Driver) survey(ctx context.Context, id drivers.ID, o surveyOptions) (ce
 	v.add(&s)
 	err = v.dir(fs, "")
 	return v.c, err
-}
-
-// whiteouts is the encoding of this root's layers.
-func (d *Driver) whiteouts() layer.Whiteouts {
-	if d.opts.userxattr {
-		return layer.WhiteoutsUser
-	}
-	return layer.WhiteoutsTrusted
 }
 
 func (v *surveyor) dir(dir *sys.Fd, path string) error {
@@ -134,7 +126,7 @@ func (v *surveyor) examine(dir *sys.Fd, path, name string, s *sys.Stat) error {
 		}
 	}
 	if v.o.metacopy && s.IsReg() && !v.c.metacopy {
-		_, err := dir.Getxattr(name, v.d.xattr("metacopy"))
+		_, err := dir.Getxattr(name, v.l.xattr("metacopy"))
 		if err != nil && !isAbsentXattr(err) {
 			return err
 		}

@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"os"
@@ -12,31 +12,33 @@ import (
 	lmount "github.com/layerctl/layerctl/mount"
 )
 
-// Owner returns the layer that ms shows: of an overlay that of its upperdir, or
-// else of its nearest lowerdir; of a bind that of its source. Lowers that another program named
-// relative to a directory of its choice cannot be told from another store's.
-func (d *Driver) Owner(ms []mount.Mount) (drivers.ID, bool) {
+// Owner returns the layer that ms shows: of the kernel's overlay that of its
+// upperdir, or else of its nearest lowerdir; of anything else that of its source: a
+// bind's, and that by which a server in user space names the layer that it shows.
+// Lowers that another program named relative to a directory of its choice cannot be
+// told from another store's.
+func (l *Layers) Owner(ms []mount.Mount) (drivers.ID, bool) {
 	if len(ms) != 1 {
 		return 0, false
 	}
 	m := ms[0]
 	if m.Type != "overlay" {
-		return d.ownerOfPath(m.Source)
+		return l.ownerOfPath(m.Source)
 	}
-	l, err := lmount.OverlayLayers(m)
+	stack, err := lmount.OverlayLayers(m)
 	if err != nil {
 		return 0, false
 	}
-	if l.Upper != "" {
-		return d.ownerOfPath(l.Upper)
+	if stack.Upper != "" {
+		return l.ownerOfPath(stack.Upper)
 	}
-	return d.ownerOfPath(l.Lowers[0])
+	return l.ownerOfPath(stack.Lowers[0])
 }
 
 // ownerOfPath returns the layer whose fs directory path is. A path that does not
 // begin with the root may still lead there, through a link or another mount of
 // the file system.
-func (d *Driver) ownerOfPath(path string) (drivers.ID, bool) {
+func (l *Layers) ownerOfPath(path string) (drivers.ID, bool) {
 	layer, ok := strings.CutSuffix(path, "/"+fsDir)
 	if !ok {
 		return 0, false
@@ -46,7 +48,7 @@ func (d *Driver) ownerOfPath(path string) (drivers.ID, bool) {
 		return 0, false
 	}
 	root := filepath.Dir(layer)
-	return id, root == d.root || root == d.real || sameDir(root, d.root)
+	return id, root == l.root || root == l.real || sameDir(root, l.root)
 }
 
 func sameDir(a, b string) bool {
@@ -58,15 +60,16 @@ func sameDir(a, b string) bool {
 	return err1 == nil && err2 == nil && sa.Dev == sb.Dev && sa.Ino == sb.Ino
 }
 
-// mountInfo describes the mount that the root lies on.
-func (d *Driver) mountInfo() (lmount.Info, bool) {
+// MountOf describes the mount that a path without links lies on; false where that
+// cannot be known.
+func MountOf(path string) (lmount.Info, bool) {
 	infos, err := lmount.List()
 	if err != nil {
 		return lmount.Info{}, false
 	}
 	best := -1
 	for i, in := range infos { // a later mount at the same place covers an earlier one
-		if within(d.real, in.Target) && (best < 0 || len(in.Target) >= len(infos[best].Target)) {
+		if within(path, in.Target) && (best < 0 || len(in.Target) >= len(infos[best].Target)) {
 			best = i
 		}
 	}
@@ -79,16 +82,16 @@ func (d *Driver) mountInfo() (lmount.Info, bool) {
 // findInFS finds out where in its file system the root is: what the root field of
 // mountinfo says of a bind mount of a layer. It stays empty where that cannot be
 // known.
-func (d *Driver) findInFS() {
-	in, ok := d.mountInfo()
+func (l *Layers) findInFS() {
+	in, ok := MountOf(l.real)
 	if !ok {
 		return
 	}
-	rel, err := filepath.Rel(in.Target, d.real)
+	rel, err := filepath.Rel(in.Target, l.real)
 	if err != nil {
 		return
 	}
-	d.fsRoot, d.major, d.minor = filepath.Join(in.Root, rel), in.Major, in.Minor
+	l.fsRoot, l.major, l.minor = filepath.Join(in.Root, rel), in.Major, in.Minor
 }
 
 func within(path, dir string) bool {

@@ -1,4 +1,4 @@
-package overlay
+package upper
 
 import (
 	"context"
@@ -14,29 +14,29 @@ import (
 // layer to parents that it was not made on, store container ids again where it
 // has an id map, flush, measure, write committed.json (the commit point), drop
 // what only an upper needs.
-func (d *Driver) Commit(ctx context.Context, r drivers.Ref, o drivers.CommitOptions) (drivers.Usage, error) {
-	u, err := d.commit(ctx, r, o)
-	return u, drivers.Wrap(driverName, "commit", r.ID, err)
+func (l *Layers) Commit(ctx context.Context, r drivers.Ref, o drivers.CommitOptions) (drivers.Usage, error) {
+	u, err := l.commit(ctx, r, o)
+	return u, l.wrap("commit", r.ID, err)
 }
 
-func (d *Driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOptions) (drivers.Usage, error) {
+func (l *Layers) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOptions) (drivers.Usage, error) {
 	var none drivers.Usage
-	dir, err := d.openLayer(r.ID)
+	dir, err := l.openLayer(r.ID)
 	if err != nil {
 		return none, err
 	}
 	defer dir.Close()
-	s, err := d.load(r.ID)
+	s, err := l.load(r.ID)
 	if err != nil {
 		return none, err
 	}
-	if err := d.checkCommit(ctx, s, r); err != nil {
+	if err := l.checkCommit(ctx, s, r); err != nil {
 		return none, err
 	}
-	if err := drivers.Step(ctx, "overlay: commit: checked"); err != nil {
+	if err := l.step(ctx, "commit: checked"); err != nil {
 		return none, err
 	}
-	c, err := d.prepareCommit(ctx, s, r, o)
+	c, err := l.prepareCommit(ctx, s, r, o)
 	if err != nil {
 		return none, err
 	}
@@ -45,32 +45,32 @@ func (d *Driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOpti
 			return none, err
 		}
 	}
-	if err := drivers.Step(ctx, "overlay: commit: flushed"); err != nil {
+	if err := l.step(ctx, "commit: flushed"); err != nil {
 		return none, err
 	}
-	if err := d.measure(ctx, r, &c); err != nil {
+	if err := l.measure(ctx, r, &c); err != nil {
 		return none, err
 	}
-	if err := drivers.Step(ctx, "overlay: commit: measured"); err != nil {
+	if err := l.step(ctx, "commit: measured"); err != nil {
 		return none, err
 	}
-	if err := writeJSON(dir, committedFile, c, !o.Volatile); err != nil {
+	if err := WriteJSON(dir, committedFile, c, !o.Volatile); err != nil {
 		return none, err
 	}
-	d.strip(ctx, dir, s)
+	l.strip(ctx, dir, s)
 	return drivers.Usage{Bytes: c.Bytes, Inodes: c.Inodes}, nil
 }
 
 // checkCommit refuses what cannot be frozen.
-func (d *Driver) checkCommit(ctx context.Context, s *state, r drivers.Ref) error {
+func (l *Layers) checkCommit(ctx context.Context, s *state, r drivers.Ref) error {
 	switch {
 	case s.committed != nil:
 		return fmt.Errorf("is committed already: %w", errdefs.ErrFailedPrecondition)
 	case s.about.View:
 		return fmt.Errorf("is a view: %w", errdefs.ErrFailedPrecondition)
-	case len(r.Parents) >= maxLowers:
-		return fmt.Errorf("with %d parents it could not be mounted, overlayfs takes %d lowers: squash some: %w",
-			len(r.Parents), maxLowers, errdefs.ErrFailedPrecondition)
+	case len(r.Parents) >= MaxLowers:
+		return fmt.Errorf("with %d parents it could not be mounted, %d lowers are the most: squash some: %w",
+			len(r.Parents), MaxLowers, errdefs.ErrFailedPrecondition)
 	}
 	var parent drivers.ID
 	if len(r.Parents) > 0 {
@@ -82,38 +82,38 @@ func (d *Driver) checkCommit(ctx context.Context, s *state, r drivers.Ref) error
 	if s.rebase != nil && s.rebase.Parent != parent {
 		return refuseRebasing(s)
 	}
-	if err := d.refuseLostVolatile(s); err != nil {
+	if err := l.refuseLostVolatile(s); err != nil {
 		return err
 	}
-	return d.refuseWriters(ctx, s.id)
+	return l.refuseWriters(ctx, s.id)
 }
 
 // prepareCommit makes the layer's directory right for its final parents.
-func (d *Driver) prepareCommit(ctx context.Context, s *state, r drivers.Ref, o drivers.CommitOptions) (committed, error) {
+func (l *Layers) prepareCommit(ctx context.Context, s *state, r drivers.Ref, o drivers.CommitOptions) (committed, error) {
 	c := committed{Metacopy: s.about.Metacopy}
 	if len(r.Parents) > 0 {
-		p, err := d.parentState(r)
+		p, err := l.parentState(r)
 		if err != nil {
 			return c, err
 		}
 		c.Parent, c.Metacopy = p.id, c.Metacopy || p.metacopy()
 	}
 	if s.applied {
-		if err := d.rebase(ctx, s, r, o.Volatile); err != nil {
+		if err := l.rebase(ctx, s, r, o.Volatile); err != nil {
 			return c, err
 		}
 	}
-	if err := drivers.Step(ctx, "overlay: commit: rebased"); err != nil {
+	if err := l.step(ctx, "commit: rebased"); err != nil {
 		return c, err
 	}
-	return c, d.unshift(ctx, s)
+	return c, l.unshift(ctx, s)
 }
 
 // measure walks the layer for its usage and for files without data. A layer on
 // nothing is written to through a bind, so overlayfs has not refused a 0/0 device
 // there: it would be a file of this layer, and gone from every layer above.
-func (d *Driver) measure(ctx context.Context, r drivers.Ref, c *committed) error {
-	found, err := d.survey(ctx, r.ID, surveyOptions{metacopy: !d.opts.userxattr, whiteouts: len(r.Parents) == 0})
+func (l *Layers) measure(ctx context.Context, r drivers.Ref, c *committed) error {
+	found, err := l.survey(ctx, r.ID, surveyOptions{metacopy: !l.userxattr(), whiteouts: len(r.Parents) == 0})
 	if err != nil {
 		return err
 	}
@@ -131,10 +131,10 @@ func (d *Driver) measure(ctx context.Context, r drivers.Ref, c *committed) error
 
 // strip drops what only a writable layer needs. The layer is committed: what
 // cannot be dropped now goes with Remove.
-func (d *Driver) strip(ctx context.Context, dir *sys.Fd, s *state) {
+func (l *Layers) strip(ctx context.Context, dir *sys.Fd, s *state) {
 	ctx = context.WithoutCancel(ctx)
-	_ = d.unlimit(s.about.Project)
-	if !s.about.IDMap.IsZero() {
+	_ = l.unlimit(s.about.Project)
+	if s.hostIDs() {
 		if fs, err := dir.Openat(fsDir, sys.O_RDONLY|sys.O_DIRECTORY, 0); err == nil {
 			forgetTargets(fs, "")
 			fs.Close()
