@@ -1,62 +1,112 @@
 package server
 
 import (
+	"slices"
+	"sync"
+	"sync/atomic"
+
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/layerctl/layerctl/fuse/union"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
-// dir is an open directory.
-type dir struct {
-	d    *union.Dir
-	node *union.Node
+// The kernel opens and closes directories without us: OPENDIR is answered once,
+// with ENOSYS, and reading a directory again that the kernel keeps costs nothing.
+// A READDIR then has no handle; the union's offsets are good without one. What was
+// read halfway is kept for the next request.
+
+// opendir says that there is no such request.
+func (s *Server) opendir(*request) (int, fuse.Status) { return 0, fuse.ENOSYS }
+
+func (s *Server) fsyncdir(r *request) fuse.Status {
+	n := s.node(r.header().NodeId)
+	if n == nil {
+		return estale
+	}
+	if s.o.NoFsync {
+		return fuse.OK
+	}
+	d, err := s.union.OpenDir(n)
+	if err != nil {
+		return status(err)
+	}
+	defer d.Close()
+	return status(d.Fsync())
 }
 
-func (d *dir) close() error { return d.d.Close() }
+// halfRead are directories that were read to some point, the last used last.
+type halfRead struct {
+	some atomic.Int32 // len(list), for who has no lock
+	mu   sync.Mutex
+	list []halfDir
+}
+
+type halfDir struct {
+	node uint64
+	next uint64 // where the next request is to go on
+	d    *union.Dir
+}
+
+// maxHalfRead is how many are kept: who reads more at once has them listed again.
+const maxHalfRead = 32
+
+// take returns the directory that was read up to off, for its next request alone;
+// nil if there is none.
+func (h *halfRead) take(node, off uint64) *union.Dir {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for i := len(h.list) - 1; i >= 0; i-- {
+		if x := h.list[i]; x.node == node && x.next == off {
+			h.list = slices.Delete(h.list, i, i+1)
+			h.some.Store(int32(len(h.list)))
+			return x.d
+		}
+	}
+	return nil
+}
+
+func (h *halfRead) put(x halfDir) {
+	h.mu.Lock()
+	h.list = append(h.list, x)
+	var old *union.Dir
+	if len(h.list) > maxHalfRead {
+		old = h.list[0].d
+		h.list = slices.Delete(h.list, 0, 1)
+	}
+	h.some.Store(int32(len(h.list)))
+	h.mu.Unlock()
+	if old != nil {
+		_ = old.Close()
+	}
+}
+
+// drop closes what there is of a node, or everything if node is 0.
+func (h *halfRead) drop(node uint64) {
+	if h.some.Load() == 0 {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	defer func() { h.some.Store(int32(len(h.list))) }()
+	h.list = slices.DeleteFunc(h.list, func(x halfDir) bool {
+		if node != 0 && x.node != node {
+			return false
+		}
+		_ = x.d.Close()
+		return true
+	})
+}
 
 // dots are the entries that the union does not list: "." and ".." come first,
 // with offsets behind them that the union does not use.
 const dots = 2
 
-func (s *Server) opendir(r *request) (int, fuse.Status) {
-	in := sys.View[fuse.OpenIn](r.in)
-	n := s.node(in.NodeId)
-	if n == nil {
-		return 0, estale
-	}
-	d, err := s.union.OpenDir(n)
-	if err != nil {
-		return 0, status(err)
-	}
-	o := reply[fuse.OpenOut](r)
-	o.Fh = s.dirs.add(&dir{d: d, node: n})
-	o.OpenFlags = fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE
-	return sys.SizeOf[fuse.OpenOut](), fuse.OK
-}
-
-func (s *Server) releasedir(r *request) fuse.Status {
-	d := s.dirs.remove(sys.View[fuse.ReleaseIn](r.in).Fh)
-	if d == nil {
-		return fuse.EBADF
-	}
-	return status(d.close())
-}
-
-func (s *Server) fsyncdir(r *request) fuse.Status {
-	d := s.dirs.get(sys.View[fuse.FsyncIn](r.in).Fh)
-	if d == nil {
-		return fuse.EBADF
-	}
-	if s.o.NoFsync {
-		return fuse.OK
-	}
-	return status(d.d.Fsync())
-}
-
 // entries fills an answer with entries of a directory.
 type entries struct {
 	out  []byte // the room that is left
 	used int
+	next uint64 // the offset behind the last entry
+	full bool   // something did not fit
 }
 
 const direntSize, entrySize = 24, 128
@@ -69,6 +119,7 @@ func (l *entries) add(name string, ino, next uint64, typ uint32, plus bool) (nod
 		size += entrySize
 	}
 	if size > len(l.out) {
+		l.full = true
 		return nil, false
 	}
 	to := l.out[:size]
@@ -81,31 +132,48 @@ func (l *entries) add(name string, ino, next uint64, typ uint32, plus bool) (nod
 	copy(to[direntSize:], name)
 	l.out = l.out[size:]
 	l.used += size
+	l.next = next
 	return node, true
 }
 
-// startDir finds the open directory that a READDIR is about, and answers with
-// its dots as far as they are asked for; more says whether to go on, at off.
-func (s *Server) startDir(r *request, plus bool) (d *dir, l *entries, off uint64, more bool, st fuse.Status) {
+// list answers a READDIR: it adds what fits, the dots first.
+func (s *Server) list(r *request, plus bool, read func(d *union.Dir, off uint64, l *entries) error) (int, fuse.Status) {
 	in := sys.View[fuse.ReadIn](r.in)
-	if d = s.dirs.get(in.Fh); d == nil {
-		return nil, nil, 0, false, fuse.EBADF
+	n := s.node(in.NodeId)
+	if n == nil {
+		return 0, estale
 	}
-	l = &entries{out: r.out[:min(int(in.Size), len(r.out))]}
-	off = in.Offset
-	for ; off < dots; off++ {
-		ino, err := s.dotIno(d.node, off)
+	l := &entries{out: r.out[:min(int(in.Size), len(r.out))], next: in.Offset}
+	for l.next < dots {
+		ino, err := s.dotIno(n, l.next)
 		if err != nil {
-			return nil, nil, 0, false, status(err)
+			return 0, status(err)
 		}
-		if _, ok := l.add(".."[:off+1], ino, off+1, sys.S_IFDIR, plus); !ok {
-			return d, l, off, false, fuse.OK
+		if _, ok := l.add(".."[:l.next+1], ino, l.next+1, sys.S_IFDIR, plus); !ok {
+			return l.used, fuse.OK
 		}
 	}
+	d := s.half.take(n.ID(), l.next)
+	if d == nil {
+		var err error
+		if d, err = s.union.OpenDir(n); err != nil {
+			return 0, status(err)
+		}
+	}
+	off := l.next
 	if off == dots {
 		off = 0 // where the union's entries begin
 	}
-	return d, l, off, true, fuse.OK
+	err := read(d, off, l)
+	if l.full {
+		s.half.put(halfDir{n.ID(), l.next, d})
+	} else {
+		_ = d.Close()
+	}
+	if err != nil && l.used == 0 {
+		return 0, status(err)
+	}
+	return l.used, fuse.OK // an error behind entries comes again with the next request
 }
 
 // dotIno is the inode number of ".", or of ".." if which is 1.
@@ -121,44 +189,22 @@ func (s *Server) dotIno(n *union.Node, which uint64) (uint64, error) {
 }
 
 func (s *Server) readdir(r *request) (int, fuse.Status) {
-	d, l, off, more, st := s.startDir(r, false)
-	if st != fuse.OK || !more {
-		return l.size(), st
-	}
-	err := d.d.Read(off, func(e union.DirEntry) bool {
-		_, ok := l.add(e.Name, e.Ino, e.Next, e.Type, false)
-		return ok
+	return s.list(r, false, func(d *union.Dir, off uint64, l *entries) error {
+		return d.Read(off, func(e union.DirEntry) bool {
+			_, ok := l.add(e.Name, e.Ino, e.Next, e.Type, false)
+			return ok
+		})
 	})
-	return l.end(err)
 }
 
 func (s *Server) readdirplus(r *request) (int, fuse.Status) {
-	d, l, off, more, st := s.startDir(r, true)
-	if st != fuse.OK || !more {
-		return l.size(), st
-	}
-	err := d.d.ReadPlus(off, func(e union.DirEntry, x union.Entry) bool {
-		node, ok := l.add(e.Name, e.Ino, e.Next, e.Type, true)
-		if ok && x.Node != nil { // without one the kernel looks the name up
-			s.setEntry(sys.View[fuse.EntryOut](node), &x)
-		}
-		return ok
+	return s.list(r, true, func(d *union.Dir, off uint64, l *entries) error {
+		return d.ReadPlus(off, func(e union.DirEntry, x union.Entry) bool {
+			node, ok := l.add(e.Name, e.Ino, e.Next, e.Type, true)
+			if ok && x.Node != nil { // without one the kernel looks the name up
+				s.setEntry(sys.View[fuse.EntryOut](node), &x)
+			}
+			return ok
+		})
 	})
-	return l.end(err)
-}
-
-func (l *entries) size() int {
-	if l == nil {
-		return 0
-	}
-	return l.used
-}
-
-// end ends an answer: an error behind entries that are there waits for the
-// next request.
-func (l *entries) end(err error) (int, fuse.Status) {
-	if l.used > 0 {
-		return l.used, fuse.OK
-	}
-	return 0, status(err)
 }

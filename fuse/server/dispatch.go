@@ -58,7 +58,6 @@ var operations = [opCount]operation{
 	opOpendir:       {"OPENDIR", sys.SizeOf[fuse.OpenIn](), false, (*Server).opendir},
 	opReaddir:       {"READDIR", sys.SizeOf[fuse.ReadIn](), false, (*Server).readdir},
 	opReaddirplus:   {"READDIRPLUS", sys.SizeOf[fuse.ReadIn](), false, (*Server).readdirplus},
-	opReleasedir:    {"RELEASEDIR", sys.SizeOf[fuse.ReleaseIn](), false, nothing((*Server).releasedir)},
 	opFsyncdir:      {"FSYNCDIR", sys.SizeOf[fuse.FsyncIn](), false, nothing((*Server).fsyncdir)},
 	opGetxattr:      {"GETXATTR", sys.SizeOf[fuse.GetXAttrIn](), false, (*Server).getxattr},
 	opListxattr:     {"LISTXATTR", sys.SizeOf[fuse.GetXAttrIn](), false, (*Server).listxattr},

@@ -60,6 +60,7 @@ func (s *Server) batchForget(r *request) (int, fuse.Status) {
 
 func (s *Server) forgetNode(nodeid, count uint64) {
 	node := nodeid & nodeMask
+	s.half.drop(node) // it would keep the node
 	s.union.Forget(node, count)
 	if s.opens.switched.Load() && s.union.Node(node) == nil {
 		s.opens.forget(node)

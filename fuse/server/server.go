@@ -76,7 +76,7 @@ type Server struct {
 	setxattrExt bool
 
 	files handles[file]
-	dirs  handles[dir]
+	half  halfRead
 	opens openTable
 	stale staleQueue
 
@@ -127,7 +127,7 @@ func (s *Server) Ready() <-chan struct{} { return s.ready }
 // closeAll closes what the kernel, or a kill of the connection, left open.
 func (s *Server) closeAll() {
 	s.files.each(func(f *file) { _ = f.f.Close() })
-	s.dirs.each(func(d *dir) { _ = d.close() })
+	s.half.drop(0)
 }
 
 // fail keeps the reason for which the mount cannot work.
@@ -141,7 +141,8 @@ func (s *Server) logf(format string, args ...any) {
 
 // Counts is what a server has to do now, and what it did.
 type Counts struct {
-	Files, Dirs   int    // open now
+	Files         int    // open now
+	HalfRead      int    // directories that are being read
 	Passthrough   int    // nodes that are open in passthrough now
 	Threads, Idle int    // of the loop
 	Requests      uint64 // taken since the start
@@ -152,7 +153,7 @@ type Counts struct {
 
 // Counts counts.
 func (s *Server) Counts() Counts {
-	c := Counts{Files: s.files.count(), Dirs: s.dirs.count(), Passthrough: int(s.opens.through.Load()), Requests: s.requests.Load(),
+	c := Counts{Files: s.files.count(), HalfRead: int(s.half.some.Load()), Passthrough: int(s.opens.through.Load()), Requests: s.requests.Load(),
 		Notifications: s.notifications.Load(), CachedOpens: s.opens.cachedOpens.Load(), ThroughOpens: s.opens.throughOpens.Load()}
 	if l := s.loop.Load(); l != nil {
 		c.Threads, c.Idle = int(l.threads.Load()), int(l.idle.Load())
@@ -162,7 +163,7 @@ func (s *Server) Counts() Counts {
 
 // String is one line for people.
 func (c Counts) String() string {
-	return fmt.Sprintf("open files %d, open directories %d, nodes in passthrough %d, threads %d (%d idle), requests %d, "+
+	return fmt.Sprintf("open files %d, directories being read %d, nodes in passthrough %d, threads %d (%d idle), requests %d, "+
 		"notifications %d, opens in passthrough %d, others %d",
-		c.Files, c.Dirs, c.Passthrough, c.Threads, c.Idle, c.Requests, c.Notifications, c.ThroughOpens, c.CachedOpens)
+		c.Files, c.HalfRead, c.Passthrough, c.Threads, c.Idle, c.Requests, c.Notifications, c.ThroughOpens, c.CachedOpens)
 }

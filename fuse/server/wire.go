@@ -37,7 +37,6 @@ const (
 	opInit          = 26
 	opOpendir       = 27
 	opReaddir       = 28
-	opReleasedir    = 29
 	opFsyncdir      = 30
 	opAccess        = 34
 	opCreate        = 35

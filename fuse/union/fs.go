@@ -3,6 +3,7 @@ package union
 import (
 	"context"
 	"fmt"
+	"hash/maphash"
 	"os"
 	"strconv"
 	"strings"
@@ -38,6 +39,7 @@ type FS struct {
 	table   *table
 	copies  map[nameKey]*Node // being copied up; under table.mu
 	spares  atomic.Int32      // nodes with isSpare
+	seed    maphash.Seed      // of the cookies of directories
 
 	odd struct {
 		sync.Mutex
@@ -55,7 +57,7 @@ func Open(ctx context.Context, c Config) (_ *FS, err error) {
 	if c.Upper != "" && c.Work == "" {
 		return nil, fmt.Errorf("union: upper %s without work: %w", c.Upper, syscall.EINVAL)
 	}
-	fs := &FS{config: c, table: newTable(), copies: map[nameKey]*Node{}}
+	fs := &FS{config: c, table: newTable(), copies: map[nameKey]*Node{}, seed: maphash.MakeSeed()}
 	defer func() {
 		if err != nil {
 			fs.Close()

@@ -292,7 +292,7 @@ func (fs *FS) listUpper(n *Node, ix *lowerIndex, l *names, seen map[string]struc
 
 // mustBeEmpty is nil if a directory shows no names.
 func (fs *FS) mustBeEmpty(n *Node) error {
-	d := &Dir{fs: fs, node: n, fd: -1}
+	d := &Dir{fs: fs, node: n}
 	defer d.reset()
 	empty := true
 	err := d.walk(0, func(*dirItem) (bool, error) {

@@ -1,6 +1,10 @@
 package union
 
 import (
+	"cmp"
+	"hash/maphash"
+	"slices"
+	"sort"
 	"sync"
 	"syscall"
 
@@ -9,26 +13,36 @@ import (
 
 // Dir is an open directory.
 //
-// A directory that one layer alone has is read as it is there, by the file
-// system's own cookies. One that several layers have is read into a list when
-// reading begins, and the cookies count its entries. In both, names that go or
-// come meanwhile move no others. No cookie is 0, 1 or 2: 0 is the start, the
-// others are free for "." and "..".
+// All names are read when reading begins, and come in the order of a hash of
+// theirs, which is their cookie: so a cookie stays good for as long as the FS is
+// open, whatever comes, goes or is copied up meanwhile, and for another Dir of
+// the same directory, too. No cookie is 0, 1 or 2: 0 is the start, the others are
+// free for "." and "..".
 type Dir struct {
 	fs   *FS
 	node *Node
 
-	mu   sync.Mutex
-	fd   int // of the one real directory, for reading; -1
-	buf  *[]byte
-	rest []byte   // of buf, not looked at yet
-	at   uint64   // cookie of rest's beginning
-	real *realDir // whose fd that is; nil: the upper
-	list *names
-	seen uint32 // dirState.changed when the list was made
+	mu    sync.Mutex
+	list  *names
+	order []hashed // of list.items; nil: nothing was read yet
+	read  bool     // something was: offset 0 begins anew
+	seen  uint32   // dirState.changed when the list was made
+}
+
+// hashed is an item of a list, and where it stands.
+type hashed struct {
+	cookie uint64
+	item   uint32
 }
 
 const firstCookie = 3
+
+// cookie is where a name stands. The seed is the FS's own, so that nobody can
+// make names that stand at one place; of a million names two do by chance once in
+// ten million times.
+func (fs *FS) cookie(name []byte) uint64 {
+	return max(maphash.Bytes(fs.seed, name)>>2, firstCookie)
+}
 
 // OpenDir opens a directory for reading.
 func (fs *FS) OpenDir(n *Node) (*Dir, error) {
@@ -36,7 +50,7 @@ func (fs *FS) OpenDir(n *Node) (*Dir, error) {
 		return nil, syscall.ENOTDIR
 	}
 	fs.hold(n)
-	return &Dir{fs: fs, node: n, fd: -1}, nil
+	return &Dir{fs: fs, node: n}, nil
 }
 
 // Close closes the directory.
@@ -52,15 +66,7 @@ func (d *Dir) Close() error {
 	return nil
 }
 
-func (d *Dir) reset() {
-	if d.fd >= 0 {
-		sys.CloseBare(d.fd)
-	}
-	if d.buf != nil {
-		putDirBuf(d.buf)
-	}
-	d.fd, d.buf, d.rest, d.list, d.real, d.at = -1, nil, nil, nil, nil, 0
-}
+func (d *Dir) reset() { d.list, d.order, d.read = nil, nil, false }
 
 // Fsync flushes the directory's names.
 func (d *Dir) Fsync() error {
@@ -139,101 +145,85 @@ func (d *Dir) walk(off uint64, f func(*dirItem) (bool, error)) error {
 	if d.node == nil {
 		return syscall.EBADF
 	}
-	if off == 0 && d.at != 0 || d.fd < 0 && d.list == nil {
+	if off == 0 && d.read || d.list == nil {
 		d.reset()
 		if d.node.has(isDead) {
 			return nil
 		}
 		if err := d.start(); err != nil {
+			d.reset()
 			return err
 		}
 	}
-	if d.list != nil {
-		return d.walkList(off, f)
+	n := d.node
+	at := sort.Search(len(d.order), func(i int) bool { return d.order[i].cookie >= off })
+	for ; at < len(d.order); at++ {
+		e := &d.list.items[d.order[at].item]
+		i := dirItem{name: d.list.name(e), ino: e.ino, typ: uint32(e.typ) << 12, next: d.order[at].cookie + 1, lower: -1}
+		if !n.has(inUpper) || d.seen == n.dir.changed.Load() {
+			i.lower = int(e.lower) // the upper has not got the name meanwhile
+		}
+		d.read = true
+		more, err := f(&i)
+		if err != nil || !more {
+			return err
+		}
 	}
-	return d.walkStream(off, f)
+	return nil
 }
 
-// start begins reading.
-func (d *Dir) start() error {
+// start reads the names.
+func (d *Dir) start() (err error) {
 	n := d.node
+	d.seen = n.dir.changed.Load()
 	if n.merged() {
-		d.seen = n.dir.changed.Load()
-		list, err := d.fs.mergedList(n)
-		d.list = list
-		d.at = firstCookie
+		d.list, err = d.fs.mergedList(n)
+	} else {
+		d.list, err = d.fs.plainList(n)
+	}
+	if err != nil {
 		return err
 	}
+	d.order = make([]hashed, len(d.list.items))
+	for i := range d.order {
+		d.order[i] = hashed{d.fs.cookie(d.list.name(&d.list.items[i])), uint32(i)}
+	}
+	slices.SortFunc(d.order, func(a, b hashed) int { return cmp.Compare(a.cookie, b.cookie) })
+	return nil
+}
+
+// plainList is what a directory that one layer alone has shows.
+func (fs *FS) plainList(n *Node) (*names, error) {
+	var real *realDir // nil: the upper
 	var dir *dirFd
 	var err error
 	if n.has(inUpper) {
-		dir, err = d.fs.upperDir(n)
+		dir, err = fs.upperDir(n)
 	} else {
-		d.real = n.dir.lowers[0]
-		dir, err = d.fs.real(d.real)
+		real = n.dir.lowers[0]
+		dir, err = fs.real(real)
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer d.fs.dirs.done(dir)
-	d.fd, err = sys.OpenBare(dir.fd, ".", sys.O_RDONLY|sys.O_DIRECTORY, 0)
-	if err != nil {
-		d.fd = -1
-	}
-	return err
-}
-
-// walkStream reads the one real directory.
-func (d *Dir) walkStream(off uint64, f func(*dirItem) (bool, error)) error {
-	if d.buf == nil {
-		d.buf = getDirBuf()
-	}
-	if off != d.at {
-		if _, err := sys.SeekBare(d.fd, int64(off), 0); err != nil {
+	defer fs.dirs.done(dir)
+	l := &names{}
+	return l, fs.eachName(dir.fd, func(fd int, e *sys.BareDirent) error {
+		hidden, err := fs.hidden(real, fd, e)
+		if hidden || err != nil {
 			return err
 		}
-		d.at, d.rest = off, nil
-	}
-	for {
-		if len(d.rest) == 0 {
-			n, err := sys.DirentsBare(d.fd, *d.buf)
-			if err != nil || n == 0 {
-				return err
-			}
-			d.rest = (*d.buf)[:n]
+		i := listItem{typ: uint8(e.Type >> 12), lower: -1}
+		switch {
+		case real != nil:
+			i.lower = 0
+			i.ino = fs.ino(real.layer.fsid, e.Ino)
+		case !n.has(isImpure):
+			i.ino = fs.ino(0, e.Ino)
 		}
-		var e sys.BareDirent
-		rest, ok := sys.NextDirent(d.rest, &e)
-		if !ok {
-			d.rest = nil
-			continue
-		}
-		if !e.IsDot() {
-			more, err := d.streamItem(&e, f)
-			if err != nil || !more {
-				return err
-			}
-		}
-		d.rest, d.at = rest, uint64(e.Off)
-	}
-}
-
-// streamItem yields one entry of the real directory, if it is shown.
-func (d *Dir) streamItem(e *sys.BareDirent, f func(*dirItem) (bool, error)) (bool, error) {
-	i := dirItem{name: e.Name, typ: e.Type, next: uint64(e.Off), lower: -1}
-	fs := d.fs
-	hidden, err := fs.hidden(d.real, d.fd, e)
-	if hidden || err != nil {
-		return true, err
-	}
-	switch {
-	case d.real != nil:
-		i.lower = 0
-		i.ino = fs.ino(d.real.layer.fsid, e.Ino)
-	case !d.node.has(isImpure):
-		i.ino = fs.ino(0, e.Ino)
-	}
-	return f(&i)
+		l.add(e.Name, i)
+		return nil
+	})
 }
 
 // hidden tells whether an entry of a real directory (nil: of the upper) is a
@@ -269,26 +259,6 @@ func (fs *FS) hidden(r *realDir, fd int, e *sys.BareDirent) (bool, error) {
 		return facts.whiteout, nil
 	}
 	return false, nil
-}
-
-// walkList yields what the merged list has.
-func (d *Dir) walkList(off uint64, f func(*dirItem) (bool, error)) error {
-	at := max(off, firstCookie) - firstCookie
-	d.at = off
-	n := d.node
-	for ; at < uint64(len(d.list.items)); at++ {
-		e := &d.list.items[at]
-		i := dirItem{name: d.list.name(e), ino: e.ino, typ: uint32(e.typ) << 12, next: at + 1 + firstCookie, lower: -1}
-		if !n.has(inUpper) || d.seen == n.dir.changed.Load() {
-			i.lower = int(e.lower) // the upper has not got the name meanwhile
-		}
-		more, err := f(&i)
-		if err != nil || !more {
-			return err
-		}
-		d.at = i.next
-	}
-	return nil
 }
 
 const dirBufSize = 64 << 10

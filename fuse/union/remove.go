@@ -199,7 +199,7 @@ func (fs *FS) keepOpen(n, dir *Node, name string, last bool) error {
 		return nil
 	}
 	spare := last && n.opens.Load() == 0
-	if spare && (n.typ != sys.S_IFREG || fs.spares.Load() >= maxSpare) {
+	if spare && fs.spares.Load() >= maxSpare {
 		return nil
 	}
 	fd, err := fs.openUpper(n, sys.O_PATH)
