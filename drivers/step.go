@@ -83,3 +83,8 @@ func sentinel(err error) error {
 	}
 	return errdefs.ErrInternal
 }
+
+// IsFull reports whether err is that of a full disk or quota.
+func IsFull(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}

@@ -7,6 +7,8 @@ import (
 	"sync"
 
 	bolt "go.etcd.io/bbolt"
+
+	"github.com/layerctl/layerctl/drivers"
 )
 
 // committer runs the write transactions of a burst as one, with one flush. A
@@ -29,6 +31,7 @@ type call struct {
 	fn      func(*txn) error
 	done    chan struct{}
 	err     error
+	frees   bool // it makes room: see free
 	started bool // guarded by committer.mu
 }
 
@@ -37,13 +40,16 @@ type call struct {
 // returns an error, nothing that it did is kept. A ctx that ends before fn has
 // run takes it back; later, update waits for the outcome.
 func (d *database) update(ctx context.Context, fn func(*txn) error) error {
+	return d.submit(ctx, &call{fn: fn, done: make(chan struct{})})
+}
+
+func (d *database) submit(ctx context.Context, c *call) error {
 	if d.readOnly {
 		return errReadOnly
 	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	c := &call{fn: fn, done: make(chan struct{})}
 	d.group.add(c)
 	word := newNagger(d.log, d.waitingFor)
 	defer word.stop()
@@ -133,9 +139,14 @@ func (g *committer) run() {
 			g.db.leave()
 		}
 		for _, c := range batch {
-			if err != nil {
+			if c.err == nil { // else its own: it has written nothing
 				c.err = err
 			}
+		}
+		if drivers.IsFull(err) {
+			g.again(batch, err)
+		}
+		for _, c := range batch {
 			close(c.done)
 		}
 		if batch == nil {

@@ -17,6 +17,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 
+	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -58,7 +59,9 @@ type database struct {
 	closed  chan struct{}
 	idle    *time.Timer // guarded by mu
 
-	group committer
+	reserveMu sync.Mutex
+	reserved  sync.Once // the reserve was looked for
+	group     committer
 }
 
 // attempt is one opening of the database; err is set before done is closed.
@@ -250,6 +253,7 @@ func (d *database) openFiles() (*sys.Lock, *bolt.DB, error) {
 	}
 	if !d.readOnly {
 		d.signHolder(lock)
+		d.reserved.Do(d.keepReserve)
 	}
 	return lock, db, nil
 }
@@ -441,7 +445,7 @@ func dbError(op string, err error) error {
 	}
 	var s error = errdefs.ErrInternal
 	switch {
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	case drivers.IsFull(err):
 		s = errdefs.ErrResourceExhausted
 	case errors.Is(err, syscall.EROFS):
 		s = errdefs.ErrFailedPrecondition

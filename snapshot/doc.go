@@ -48,7 +48,7 @@
 //	key locks, by number
 //	  layer locks: the layer's own, then its parent's
 //	    driver set (driversMu), ID block (idsMu)
-//	      database: batch queue (queueMu), then gate (gateMu)
+//	      database: batch queue (queueMu), then gate (gateMu), then reserve (reserveMu)
 //
 // Whoever holds a lock may take those below it. GC and recovery never wait
 // for a layer lock: they try, and leave what is in use. Check waits for shared

@@ -32,7 +32,7 @@ func (v *View) remove(ctx context.Context, key string) error {
 		return err
 	}
 	defer release()
-	return v.s.db.update(ctx, func(t *txn) error {
+	return v.s.db.free(ctx, func(t *txn) error {
 		n, err := t.node(v.name, key)
 		if err != nil {
 			return err
@@ -142,6 +142,9 @@ func (s *Store) GC(ctx context.Context) (GCReport, error) {
 	}
 	g := &collector{s: s, left: map[drivers.ID]Busy{}}
 	err := g.run(ctx)
+	if g.report.Layers > 0 {
+		s.db.refill(ctx)
+	}
 	for _, b := range g.left {
 		g.report.Left = append(g.report.Left, b)
 	}
@@ -230,12 +233,19 @@ func (g *collector) pay(ctx context.Context, p payable) error {
 		return err // another process was faster
 	}
 	d, err := g.s.driver(ctx, p.layer.Driver)
+	if drivers.IsFull(err) && g.makeRoom(ctx) { // it may need a little to see what works
+		d, err = g.s.driver(ctx, p.layer.Driver)
+	}
 	if err != nil {
 		g.leave(p, err.Error())
 		return ctx.Err()
 	}
 	bytes := g.s.bytesOf(ctx, d, p)
-	if err := d.Remove(ctx, p.ref.ID); err != nil {
+	err = d.Remove(ctx, p.ref.ID)
+	if drivers.IsFull(err) && g.makeRoom(ctx) {
+		err = d.Remove(ctx, p.ref.ID)
+	}
+	if err != nil {
 		g.leave(p, err.Error())
 		return ctx.Err()
 	}
@@ -250,6 +260,12 @@ func (g *collector) pay(ctx context.Context, p payable) error {
 	g.report.Layers++
 	g.report.Bytes += bytes
 	return nil
+}
+
+// makeRoom reports whether there is a little more room now.
+func (g *collector) makeRoom(ctx context.Context) bool {
+	spent, err := g.s.MakeRoom(ctx)
+	return spent && err == nil
 }
 
 func (g *collector) leave(p payable, why string) {
@@ -283,5 +299,5 @@ func (s *Store) forget(ctx context.Context, id drivers.ID) error {
 	if err := s.removeListing(id); err != nil {
 		return err
 	}
-	return s.db.update(ctx, func(t *txn) error { return t.deleteLayer(id) })
+	return s.db.free(ctx, func(t *txn) error { return t.deleteLayer(id) })
 }

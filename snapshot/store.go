@@ -137,7 +137,7 @@ func (s *Store) abandon() error {
 
 // parts are the names that a store's root may hold.
 var parts = []string{
-	"store.json", "db.bolt", "db.lock", "db.wait", "locks", "drivers", "listings", "tmp", "images", "mnt", "keeper",
+	"store.json", "db.bolt", "db.lock", "db.wait", reserveFile, "locks", "drivers", "listings", "tmp", "images", "mnt", "keeper",
 	"lost+found", // a file system of its own
 }
 
@@ -262,7 +262,7 @@ func rootError(err error) error {
 		return err
 	case errors.Is(err, syscall.EROFS):
 		return fmt.Errorf("read-only file system; it can be opened for reading only: %w: %w", errdefs.ErrFailedPrecondition, err)
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	case drivers.IsFull(err):
 		s = errdefs.ErrResourceExhausted
 	case errors.Is(err, fs.ErrPermission):
 		s = errdefs.ErrPermissionDenied

@@ -10,6 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 
+	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/image"
 	"github.com/layerctl/layerctl/snapshot"
 )
@@ -133,6 +134,11 @@ func (a *app) removeImage(ctx context.Context, v *snapshot.View, ref string) (do
 		ref = img.Name // by name only that goes, by digest every name of it
 	}
 	gone, err := s.Remove(ctx, ref)
+	if drivers.IsFull(err) { // the list without the image is a new file
+		if spent, merr := v.Store().MakeRoom(ctx); spent && merr == nil {
+			gone, err = s.Remove(ctx, ref)
+		}
+	}
 	if err != nil {
 		return false, err
 	}

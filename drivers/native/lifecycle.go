@@ -2,7 +2,9 @@ package native
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 
@@ -231,8 +233,8 @@ func (d *driver) checkCommit(r drivers.Ref, s state) error {
 	return d.refuseMounted(r.ID, mountedForWriting)
 }
 
-// Remove renames l/ID to del/ID, so that no half-deleted layer is ever seen as a
-// layer, and deletes that.
+// Remove renames l/ID to del/ID, or on a full disk takes its marker away, so that
+// no half-deleted layer is ever seen as a layer, and deletes it.
 func (d *driver) Remove(ctx context.Context, id drivers.ID) error {
 	return d.wrap("remove", id, d.remove(ctx, id))
 }
@@ -250,7 +252,7 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 	if err := drivers.Step(ctx, "native: remove: renamed"); err != nil {
 		return err
 	}
-	for _, name := range []string{newDir, deletedDir} {
+	for _, name := range []string{newDir, deletedDir, layersDir} {
 		if err := d.empty(ctx, name, id); err != nil {
 			return err
 		}
@@ -276,13 +278,31 @@ func (d *driver) discard(id drivers.ID) error {
 		return err
 	}
 	defer deleted.Close()
-	if err := layers.Rename(id.String(), deleted, id.String(), sys.RENAME_NOREPLACE); err != nil {
+	err = layers.Rename(id.String(), deleted, id.String(), sys.RENAME_NOREPLACE)
+	if drivers.IsFull(err) {
+		return unmark(layers, id)
+	}
+	if err != nil {
 		return err
 	}
 	if err := deleted.Sync(); err != nil {
 		return err
 	}
 	return layers.Sync()
+}
+
+// unmark makes l/ID nobody's layer where it stands, by deleting its marker: on a
+// full btrfs a rename has no room, where a removal always has.
+func unmark(layers *sys.Fd, id drivers.ID) error {
+	l, err := layers.Openat(id.String(), sys.O_RDONLY|sys.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	if err := l.Unlink(stateFile, 0); err != nil && !errors.Is(err, syscall.ENOENT) {
+		return err
+	}
+	return l.SyncFS() // an fsync writes a log, which needs room, too
 }
 
 // empty deletes ID in one of the root's directories.

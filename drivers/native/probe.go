@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/moby/sys/userns"
+
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -38,7 +40,8 @@ var losses = []struct{ feature, lost string }{
 const scratchPrefix = ".probe-"
 
 // capabilities tries what the driver can do at root. Where nothing can be
-// written nothing is tried, and nothing can be lost.
+// written, on a read-only or a full file system, nothing can be tried: what was
+// lost when the layers were made is then told by the namespace alone.
 func capabilities(ctx context.Context, root string) (drivers.Capabilities, error) {
 	c := drivers.Capabilities{
 		Driver: Name, Diff: true, Apply: true, Copies: true,
@@ -46,7 +49,12 @@ func capabilities(ctx context.Context, root string) (drivers.Capabilities, error
 	}
 	sweepScratch(root)
 	scratch, err := os.MkdirTemp(root, scratchPrefix)
-	if errors.Is(err, syscall.EROFS) {
+	if errors.Is(err, syscall.EROFS) || drivers.IsFull(err) {
+		if userns.RunningInUserNS() || os.Geteuid() != 0 {
+			for _, l := range losses {
+				c.Lost = append(c.Lost, l.lost)
+			}
+		}
 		return c, nil
 	}
 	if err != nil {

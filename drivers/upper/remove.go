@@ -13,8 +13,9 @@ import (
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
-// Remove renames the layer away, so that no half-deleted one is ever seen as a
-// layer, and deletes it. What a crash leaves IDs lists, and Remove again takes.
+// Remove renames the layer away, or on a full disk takes its marker away, so that
+// no half-deleted one is ever seen as a layer, and deletes it. What a crash leaves
+// IDs lists, and Remove again takes.
 func (l *Layers) Remove(ctx context.Context, id drivers.ID) error {
 	return l.wrap("remove", id, l.remove(ctx, id))
 }
@@ -36,7 +37,7 @@ func (l *Layers) remove(ctx context.Context, id drivers.ID) error {
 	if err := l.step(ctx, "remove: renamed"); err != nil {
 		return err
 	}
-	for _, n := range []string{id.String() + newSuffix, id.String() + delSuffix} {
+	for _, n := range []string{id.String() + newSuffix, id.String() + delSuffix, id.String()} {
 		if p := l.projectOf(n); p != 0 {
 			project = p
 		}
@@ -57,10 +58,28 @@ func (l *Layers) trash(id drivers.ID) (project uint32, err error) {
 	defer root.Close()
 	project = l.projectOf(id.String())
 	err = root.Rename(id.String(), root, id.String()+delSuffix, sys.RENAME_NOREPLACE)
-	if errors.Is(err, os.ErrNotExist) {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
 		return project, nil
+	case drivers.IsFull(err):
+		return project, unmark(root, id)
 	}
 	return project, err
+}
+
+// unmark makes ROOT/ID nobody's layer where it stands: without about.json every
+// call but Remove refuses it. On a full btrfs a rename has no room, where a
+// removal always has.
+func unmark(root *sys.Fd, id drivers.ID) error {
+	dir, err := root.Openat(id.String(), sys.O_RDONLY|sys.O_DIRECTORY, 0)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := dir.Unlink(aboutFile, 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return dir.SyncFS() // an fsync writes a log, which needs room, too
 }
 
 // removeTree deletes ROOT/name with all below it; nil if it is not there.

@@ -85,6 +85,12 @@ func (f *Fd) Truncate(size int64) error {
 	return f.err("ftruncate", "", retry(func() error { return unix.Ftruncate(f.n, size) }))
 }
 
+// Allocate gives the file the blocks of its first size bytes, and that size if it
+// is shorter (fallocate). EOPNOTSUPP where the file system cannot.
+func (f *Fd) Allocate(size int64) error {
+	return f.err("fallocate", "", retry(func() error { return unix.Fallocate(f.n, 0, 0, size) }))
+}
+
 // SeekData and SeekHole find the next data or hole at or after off. SeekData
 // returns ENXIO when there is no more data.
 func (f *Fd) SeekData(off int64) (int64, error) { return f.seek(off, unix.SEEK_DATA) }
