@@ -49,6 +49,9 @@ func (fs *FS) show(n *Node, st *sys.Stat, a *Attr) {
 		a.Blocks = n.more.dataSt.blocks
 		n.mu.Unlock()
 	}
+	if n.has(isIndexed) && !n.isDir() {
+		a.Nlink = n.shownLinks(st.Nlink)
+	}
 }
 
 // shownFlags are the attributes of statx(2) that say something of the file and

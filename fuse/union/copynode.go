@@ -41,6 +41,11 @@ func (fs *FS) copyUp(n *Node, what copyWhat) error {
 
 // copyUpLocked is copyUp with the parent in the upper and both locked.
 func (fs *FS) copyUpLocked(parent, n *Node, what copyWhat) error {
+	return fs.copyUpAt(parent, n.name, n, what)
+}
+
+// copyUpAt copies n up at one of its names.
+func (fs *FS) copyUpAt(parent *Node, name string, n *Node, what copyWhat) error {
 	if n.has(inUpper) {
 		if what != copyMeta {
 			return fs.fillIn(n)
@@ -52,8 +57,7 @@ func (fs *FS) copyUpLocked(parent, n *Node, what copyWhat) error {
 		return err
 	}
 	defer done()
-	r := copyRequest{src: src, what: what, noOrigin: !fs.handles,
-		shared: fs.config.Index && !n.isDir() && src.stat.Nlink > 1}
+	r := copyRequest{src: src, what: what, impure: parent.has(isImpure), shared: fs.needsIndex(&src.stat), nlink: src.stat.Nlink}
 	if n.has(isDead) || parent.has(isDead) {
 		return fs.copyUpGone(n, &r)
 	}
@@ -62,25 +66,30 @@ func (fs *FS) copyUpLocked(parent, n *Node, what copyWhat) error {
 		return err
 	}
 	defer fs.dirs.done(up)
-	r.dir, r.name, r.impure = up.fd, n.name, parent.has(isImpure)
-	key := nameKey{parent.id, n.name}
+	r.dir, r.name = up.fd, name
+	keys := []nameKey{{parent.id, name}}
+	if r.shared && r.src.id != nil {
+		keys = append(keys, indexKey(r.src.id.indexName()))
+	}
 	fs.table.mu.Lock()
-	fs.copies[key] = n
+	for _, k := range keys {
+		fs.copies[k] = n
+	}
 	fs.table.mu.Unlock()
 	var st sys.Stat
 	err = fs.upper.copyUp(context.Background(), &r)
 	if err == nil {
-		err = sys.StatBare(up.fd, n.name, &st)
+		err = sys.StatBare(up.fd, name, &st)
 	}
 	fs.table.mu.Lock()
-	delete(fs.copies, key)
+	for _, k := range keys {
+		delete(fs.copies, k)
+	}
 	fs.table.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	if !r.noOrigin {
-		parent.set(isImpure)
-	}
+	parent.set(isImpure)
 	fs.raised(parent, n, &r, &st)
 	// The time of change is another one, a directory's link count too, and what
 	// lost its other names has another number.
@@ -116,6 +125,10 @@ func (fs *FS) raised(parent, n *Node, r *copyRequest, st *sys.Stat) {
 	}
 	if parted {
 		n.ino.Store(fs.ino(0, st.Ino))
+	}
+	if r.shared && !n.isDir() {
+		n.becomeIndexed(r.src.id.indexName(), r.nlink, st)
+		fs.indexUps.Add(1)
 	}
 	n.set(flags)
 	if !n.has(isDead) {

@@ -387,8 +387,10 @@ func openData(n int) (int, error) {
 }
 
 // copyUpData fills in the data of a metacopy file in upper: fd is O_PATH or better
-// of it, data of the file with the data; -1: it is emptied. Killed anywhere, it is
-// a metacopy file still. Mode, capabilities and times stay.
+// of it, data of the file with the data; -1: it is emptied. Mode, capabilities and
+// times stay. Killed anywhere, it is a metacopy file still; but writing to a file
+// takes its capabilities away, so that one that is killed before they are put back
+// leaves it without, as the kernel's overlayfs does.
 func (u *upper) copyUpData(ctx context.Context, fd, data int) error {
 	var st sys.Stat
 	if err := sys.StatBare(fd, "", &st); err != nil {
@@ -413,9 +415,24 @@ func (u *upper) copyUpData(ctx context.Context, fd, data int) error {
 	if err == nil {
 		err = u.step("copy-up: data")
 	}
+	if kept := keepStat(n, &st, capability); err == nil {
+		err = kept
+	}
+	if err == nil {
+		err = u.step("copy-up: data kept")
+	}
 	if err != nil {
 		return err
 	}
+	err = sys.RemovexattrBare(n, "", u.xattrs.metacopy)
+	if err == syscall.ENODATA {
+		return nil
+	}
+	return err
+}
+
+// keepStat gives back to a file what writing to it took.
+func keepStat(n int, st *sys.Stat, capability []byte) error {
 	if len(capability) > 0 {
 		if err := sys.SetxattrBare(n, "", xattrCapability, capability, 0); err != nil {
 			return fmt.Errorf("xattr %s: %w", xattrCapability, err)
@@ -424,15 +441,5 @@ func (u *upper) copyUpData(ctx context.Context, fd, data int) error {
 	if err := sys.ChmodBare(n, "", st.Mode&0o7777); err != nil {
 		return err
 	}
-	if err := sys.UtimesBare(n, "", st.Atime, st.Mtime); err != nil {
-		return err
-	}
-	if err := u.step("copy-up: data kept"); err != nil {
-		return err
-	}
-	err = sys.RemovexattrBare(n, "", u.xattrs.metacopy)
-	if err == syscall.ENODATA {
-		return nil
-	}
-	return err
+	return sys.UtimesBare(n, "", st.Atime, st.Mtime)
 }

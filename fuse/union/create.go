@@ -135,7 +135,7 @@ func (fs *FS) made(dir *Node, up int, name string, fd int) (Entry, int, error) {
 	}
 	var n *Node
 	for n == nil {
-		n = fs.intern(dir, name, &f, dir.dir.copied.Load())
+		n = fs.intern(dir, name, &f, fs.epoch(dir))
 	}
 	e := Entry{Node: n}
 	fs.show(n, &f.st, &e.Attr)

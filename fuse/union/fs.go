@@ -24,7 +24,12 @@ type FS struct {
 	names   *xattrNames
 	root    *Node
 	manyFS  bool // layers are on several file systems
-	handles bool // files can be named by handles: origins are written
+	handles bool // files can be named by handles: origins are written, and looked up
+
+	dataDirs  sync.Map // dataKey to *realDir
+	roots     []originRoot
+	ambiguous bool          // lowers on several file systems cannot be told apart by their UUIDs
+	indexUps  atomic.Uint32 // counts copy-ups into index
 
 	// How this process makes files.
 	uid, gid uint32
@@ -101,7 +106,10 @@ func (fs *FS) openLayers(ctx context.Context) (err error) {
 			return err
 		}
 	}
-	return fs.setFsids()
+	if err := fs.setFsids(); err != nil {
+		return err
+	}
+	return fs.openIndex()
 }
 
 func (fs *FS) addLayer(path string, upper, data bool) error {
@@ -131,7 +139,6 @@ func (fs *FS) lookAtProcess() {
 	fs.uid, fs.gid = uint32(os.Geteuid()), uint32(os.Getegid())
 	fs.canSetID = fs.uid == 0
 	fs.umask = processUmask()
-	fs.handles = fs.upper != nil
 }
 
 // processUmask reads the umask; changing it to see it would touch what others
@@ -218,6 +225,10 @@ func (fs *FS) Close() error {
 	for _, l := range fs.layers {
 		l.fd.Close()
 	}
+	for _, r := range fs.roots {
+		r.own.Close()
+	}
+	fs.roots = nil
 	fs.layers = nil
 	if fs.upper != nil {
 		u := fs.upper

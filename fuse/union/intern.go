@@ -11,7 +11,7 @@ func (fs *FS) intern(dir *Node, name string, f *found, copied uint32) *Node {
 	t := fs.table
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if dir.dir.copied.Load() != copied {
+	if fs.epoch(dir) != copied {
 		return nil
 	}
 	key, byName := fs.keyOf(f)
@@ -26,7 +26,11 @@ func (fs *FS) intern(dir *Node, name string, f *found, copied uint32) *Node {
 	}
 	if n == nil && f.upper {
 		// A copy-up that has linked the file and not told yet: wait for it.
-		if p := fs.copying(dir, name); p != nil {
+		p := fs.copying(dir, name)
+		if p == nil && f.indexed != "" {
+			p = fs.copies[indexKey(f.indexed)]
+		}
+		if p != nil {
 			t.mu.Unlock()
 			p.change.Lock()
 			p.change.Unlock() //lint:ignore SA2001 waiting is all
@@ -103,6 +107,9 @@ func (fs *FS) newNode(dir *Node, name string, f *found) *Node {
 		}
 	}
 	n.flags.Store(flags)
+	if f.indexed != "" {
+		n.becomeIndexed(f.indexed, f.nlink, &f.st)
+	}
 	n.ino.Store(fs.inoOf(f))
 	return n
 }
@@ -113,7 +120,7 @@ func (fs *FS) inoOf(f *found) uint64 {
 	switch {
 	case f.st.IsDir() && len(f.lowers) > 0:
 		return fs.ino(f.lowFS, f.lowerIno)
-	case f.hasLow && (!f.upper || f.lowSt.Nlink == 1 || fs.config.Index):
+	case f.hasLow && (!f.upper || f.lowSt.Nlink == 1 || f.indexed != ""):
 		return fs.ino(f.lowFS, f.lowSt.Ino)
 	}
 	return fs.ino(0, f.st.Ino)
@@ -122,7 +129,7 @@ func (fs *FS) inoOf(f *found) uint64 {
 // renew tells a node that is in memory where it was found; t.mu is held, and
 // n.mu is not: what is set here is read under either.
 func (fs *FS) renew(n, dir *Node, name string, f *found) {
-	if !f.upper || n.isDir() || n.parent == dir && n.name == name {
+	if !f.upper || n.isDir() || n.has(isIndexed) || n.parent == dir && n.name == name {
 		return
 	}
 	if f.st.Nlink > 1 && n.upIno == f.st.Ino {

@@ -39,6 +39,9 @@ func (fs *FS) linkTo(n *Node, dir int, name string) error {
 			return err
 		}
 	}
+	if err := fs.countLinks(n); err != nil {
+		return err
+	}
 	return sys.LinkBare(p.fd, p.name, dir, name)
 }
 
@@ -49,6 +52,9 @@ func (fs *FS) linked(n, dir *Node, name string) {
 	t := fs.table
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if n.has(isIndexed) {
+		return
+	}
 	if n.has(isDead | noName) {
 		fs.moveLocked(n, dir, name)
 		if n.has(isDead) {

@@ -27,6 +27,10 @@ type found struct {
 	data   realPos // where a metacopy file's data are
 	dataSt dataInfo
 
+	indexed  string // the entry in index of a file in the upper
+	unlinked bool   // it is in the upper through index alone, and not at this name
+	nlink    uint32 // what an indexed file shows
+
 	lowers   []*realDir // of a directory
 	lowerIno uint64     // the first one's
 }
@@ -73,7 +77,7 @@ func (fs *FS) entry(n *Node) (Entry, error) {
 // is known to be: the number of a lower of dir; -1: not known.
 func (fs *FS) lookup(dir *Node, name string, from int) (Entry, error) {
 	for {
-		copied := dir.dir.copied.Load()
+		copied := fs.epoch(dir)
 		var f found
 		if err := fs.find(dir, name, &f, from); err != nil {
 			return Entry{}, err
@@ -153,7 +157,7 @@ func (fs *FS) finishFind(dir *Node, name string, f *found) error {
 		return nil
 	case f.hasLow:
 		f.st = f.lowSt
-		return nil
+		return fs.fromIndex(f)
 	case len(f.lowers) > 0:
 		return nil
 	}
@@ -187,7 +191,7 @@ func (fs *FS) findUpper(dir *Node, name string, f *found, d *lowerSearch) (stop 
 	if !f.st.IsDir() && !fs.mayHaveFacts(dir, &f.st) {
 		return true, nil
 	}
-	return fs.upperFacts(dir, up.fd, name, f, d)
+	return fs.upperFacts(up.fd, name, f, d)
 }
 
 // mayHaveFacts tells whether something in the upper that is not a directory may
@@ -204,7 +208,7 @@ func (fs *FS) lacksData(st *sys.Stat) bool {
 	return st.IsReg() && (fs.config.Metacopy || st.Blocks*512 < st.Size)
 }
 
-func (fs *FS) upperFacts(dir *Node, up int, name string, f *found, d *lowerSearch) (stop bool, err error) {
+func (fs *FS) upperFacts(up int, name string, f *found, d *lowerSearch) (stop bool, err error) {
 	var facts facts
 	if err := fs.readFacts(up, name, &facts); err != nil {
 		return false, err
@@ -227,10 +231,16 @@ func (fs *FS) upperFacts(dir *Node, up int, name string, f *found, d *lowerSearc
 			return true, syscall.EPERM
 		}
 		f.metacopy, f.meta, f.redirect, d.metacopy = true, facts.meta, facts.redirect, true
+		if fs.config.Index && facts.originKnown {
+			fs.findOrigin(&facts.origin, f)
+			fs.upperIndexed(f, &facts)
+			f.hasLow = false // what it goes on from is found by its name
+		}
 		return false, d.redirect(facts.redirect)
 	}
 	if facts.originKnown {
-		fs.findOrigin(dir, name, &facts.origin, f)
+		fs.findOrigin(&facts.origin, f)
+		fs.upperIndexed(f, &facts)
 	}
 	return true, nil
 }

@@ -50,6 +50,7 @@ const (
 	lowLinked                     // the lower file has several links
 	isOpaque                      // upper directory that hides what is below
 	isSpare                       // lost its name while nobody had it open, and is counted in FS.spares
+	isIndexed                     // in the upper, and reached by its entry in index
 )
 
 // Values of Node.key.
@@ -88,6 +89,7 @@ type fileState struct {
 	dataSt   dataInfo
 	last     Attr      // of a file whose last name is gone, and that nobody had open
 	alts     []altName // further names in the upper
+	index    indexed
 }
 
 // altName is another name of a file with several links in the upper.
@@ -163,6 +165,9 @@ func (fs *FS) locate(n *Node, p *place) (err error) {
 			return syscall.ESTALE
 		}
 		p.fd, p.name = more.fd, ""
+		return nil
+	case n.has(isIndexed):
+		p.fd, p.name = fs.upper.index.Int(), more.index.name
 		return nil
 	default:
 		p.dir, err = fs.upperDir(parent)

@@ -1,33 +1,72 @@
 package union
 
 import (
+	"strings"
 	"syscall"
 
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
-// findOrigin finds the lower file that one in the upper was copied from, whose
-// number it keeps.
-func (fs *FS) findOrigin(dir *Node, name string, id *fileID, f *found) {
-	roots := make([]layerRoot, 0, len(fs.layers))
-	var lowers []*layer
-	for _, l := range fs.layers {
-		if !l.upper && !l.data {
-			roots = append(roots, layerRoot{l.fd.Int(), l.uuid})
-			lowers = append(lowers, l)
+// findData finds the data of a metacopy file in the layers that have data alone, at
+// an absolute path there, and remembers where. No symlink is followed.
+func (fs *FS) findData(n *Node, path string) (realPos, error) {
+	names := strings.Split(path[1:], "/")
+	last := len(names) - 1
+	for _, l := range fs.data {
+		dir := fs.dataDir(l, names[:last])
+		if dir == nil {
+			continue
 		}
+		d, err := fs.real(dir)
+		if err != nil {
+			continue
+		}
+		var st sys.Stat
+		err = sys.StatBare(d.fd, names[last], &st)
+		fs.dirs.done(d)
+		if err != nil || !st.IsReg() {
+			continue
+		}
+		pos := realPos{dir, names[last]}
+		n.mu.Lock()
+		n.more.data, n.more.dataSt = pos, dataInfo{blocks: st.Blocks}
+		n.mu.Unlock()
+		return pos, nil
 	}
-	fd, at, err := resolve(id, roots)
-	if err != nil || fd < 0 {
-		return
-	}
-	defer sys.CloseBare(fd)
-	if sys.StatBare(fd, "", &f.lowSt) == nil {
-		f.hasLow, f.lowFS = true, lowers[at].fsid
-	}
+	fs.say("metacopy file: %q is in no layer of data", path)
+	return realPos{}, syscall.ENOENT
 }
 
-// findData finds the data of a metacopy file in the layers that have data alone.
-func (fs *FS) findData(n *Node, path string) (realPos, error) { return realPos{}, syscall.EIO }
+// dataKey is a directory in a layer of data.
+type dataKey struct {
+	parent *realDir
+	name   string
+}
+
+// dataDir is a directory of a layer of data, one for all files in it; nil where
+// there is none.
+func (fs *FS) dataDir(l *layer, names []string) *realDir {
+	dir := l.root
+	for _, name := range names {
+		key := dataKey{dir, name}
+		if known, ok := fs.dataDirs.Load(key); ok {
+			dir = known.(*realDir)
+			continue
+		}
+		d, err := fs.real(dir)
+		if err != nil {
+			return nil
+		}
+		var st sys.Stat
+		err = sys.StatBare(d.fd, name, &st)
+		fs.dirs.done(d)
+		if err != nil || !st.IsDir() {
+			return nil
+		}
+		next, _ := fs.dataDirs.LoadOrStore(key, &realDir{layer: l, parent: dir, name: name, ino: st.Ino})
+		dir = next.(*realDir)
+	}
+	return dir
+}
 
 func closeFd(fd int) { sys.CloseBare(fd) }

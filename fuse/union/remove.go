@@ -70,7 +70,7 @@ func (fs *FS) findRemovable(dir *Node, name string, v *victim, wantDir bool) err
 	case !isDir && wantDir:
 		return syscall.ENOTDIR
 	}
-	if wantDir || fs.config.Index && v.f.st.Nlink > 1 {
+	if wantDir || fs.goesByIndex(&v.f) {
 		return fs.needNode(dir, name, v)
 	}
 	return nil
@@ -131,6 +131,12 @@ func (fs *FS) removeVictim(dir *Node, name string, v *victim) error {
 		return err
 	}
 	defer fs.dirs.done(up)
+	if err := fs.linkName(dir, name, v); err != nil {
+		return err
+	}
+	if err := fs.countLinks(v.node); err != nil {
+		return err
+	}
 	undo, err := fs.losing(dir, name, v)
 	if err != nil {
 		return err
@@ -161,7 +167,7 @@ func (fs *FS) losing(dir *Node, name string, v *victim) (undo func(), err error)
 	if n == nil {
 		return func() {}, nil
 	}
-	last := v.f.st.IsDir() || !v.upper || v.f.st.Nlink == 1
+	last := fs.lastName(v)
 	if v.upper && !n.isDir() {
 		if err := fs.keepOpen(n, dir, name, last); err != nil {
 			return nil, err
@@ -191,7 +197,7 @@ const maxSpare = 1024
 // known by, if somebody has it open, may be opening it, or other names may be left.
 func (fs *FS) keepOpen(n, dir *Node, name string, last bool) error {
 	n.mu.Lock()
-	known := n.parent == dir && n.name == name && !n.has(noName)
+	known := n.parent == dir && n.name == name && !n.has(noName) || n.has(isIndexed) && last
 	others := n.more != nil && len(n.more.alts) > 0
 	have := n.more != nil && n.more.fd >= 0
 	n.mu.Unlock()
@@ -222,7 +228,7 @@ func (fs *FS) lost(dir *Node, name string, v *victim) {
 	if n == nil {
 		return
 	}
-	if v.f.st.IsDir() || !v.upper || v.f.st.Nlink == 1 {
+	if fs.lastName(v) {
 		var a Attr
 		fs.show(n, &v.f.st, &a)
 		a.Nlink = 0
@@ -235,6 +241,10 @@ func (fs *FS) lost(dir *Node, name string, v *victim) {
 		if n.isDir() {
 			fs.dirs.drop(&n.dir.up)
 		}
+		fs.leaveIndex(n)
+		return
+	}
+	if n.has(isIndexed) {
 		return
 	}
 	n.mu.Lock()

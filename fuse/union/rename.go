@@ -157,7 +157,7 @@ func (m *move) look() error {
 // needNode makes the node of what was found, if there is none and it is one that
 // is worked with: a directory, or something to copy up.
 func (m *move) needNode(dir *Node, name string, v *victim) error {
-	if v.node != nil || v.upper && !v.f.st.IsDir() && !v.f.metacopy {
+	if v.node != nil || v.upper && !v.f.st.IsDir() && !v.f.metacopy && v.f.indexed == "" {
 		return nil
 	}
 	return m.fs.needNode(dir, name, v)
@@ -225,6 +225,15 @@ func (m *move) do() error {
 	}
 	if !m.exchange && m.dst.node != nil && m.dst.node.isDir() {
 		if err := m.fs.mustBeEmpty(m.dst.node); err != nil {
+			return err
+		}
+	}
+	for _, v := range []struct {
+		dir  *Node
+		name string
+		v    *victim
+	}{{m.olddir, m.oldname, &m.src}, {m.newdir, m.newname, &m.dst}} {
+		if err := m.fs.linkName(v.dir, v.name, v.v); err != nil {
 			return err
 		}
 	}
@@ -308,14 +317,18 @@ const redirectMax = 256
 // setRedirect says in the upper where a node goes on in the lowers, wherever it
 // moves: by its present name if it stays in its directory, else by its path.
 func (fs *FS) setRedirect(n *Node, up int, name string, same bool) error {
-	absolute := !same || !n.isDir() && n.has(lowLinked)
+	absolute := !same || !n.isDir() && n.has(lowLinked|isIndexed)
 	old := n.redirect()
 	if old != "" && (!absolute || old[0] == '/') {
 		return nil
 	}
 	to := name
 	if absolute {
-		to = fs.lowerPath(n, name)
+		if n.has(isIndexed) {
+			to = fs.originPath(n)
+		} else {
+			to = fs.lowerPath(n, name)
+		}
 		if len(to) > redirectMax {
 			return syscall.EXDEV
 		}
@@ -416,7 +429,10 @@ func (m *move) replace() error {
 	}
 	undo := func() {}
 	if exists {
-		var err error
+		err := fs.countLinks(m.dst.node)
+		if err != nil {
+			return err
+		}
 		if undo, err = fs.losing(m.newdir, m.newname, &m.dst); err != nil {
 			return err
 		}

@@ -26,9 +26,9 @@ type stage struct {
 
 var everyFS = []string{"ext4", "xfs", "btrfs", "tmpfs"}
 
-func newStage(t testing.TB, kind string) *stage {
+func newStage(t testing.TB, kind string, o ...testenv.Option) *stage {
 	t.Helper()
-	s := &stage{t: t, dir: testenv.FS(t, kind), m: testenv.Scratch(t)}
+	s := &stage{t: t, dir: testenv.FS(t, kind, o...), m: testenv.Scratch(t)}
 	for _, d := range []string{"lower", "upper", "work"} {
 		must(t, os.Mkdir(s.path(d), 0o755))
 	}
