@@ -18,8 +18,8 @@ import (
 	"github.com/layerctl/layerctl/internal/testenv"
 )
 
-// change is one change of an upper that has several steps.
-type change struct {
+// upperChange is one change of an upper that has several steps.
+type upperChange struct {
 	name    string
 	index   bool
 	prepare func(s *stage, u *upper)
@@ -27,7 +27,7 @@ type change struct {
 }
 
 // with returns the change done by an upper that can do less.
-func (c change) with(name string, less func(*upper)) change {
+func (c upperChange) with(name string, less func(*upper)) upperChange {
 	prepare, do := c.prepare, c.do
 	c.name += " " + name
 	c.prepare = func(s *stage, u *upper) { less(u); prepare(s, u) }
@@ -35,8 +35,8 @@ func (c change) with(name string, less func(*upper)) change {
 	return c
 }
 
-func copyUpChange(name string, request func(*copyRequest)) change {
-	return change{name: "copy-up of " + name, prepare: func(*stage, *upper) {}, do: func(s *stage, u *upper) error {
+func copyUpChange(name string, request func(*copyRequest)) upperChange {
+	return upperChange{name: "copy-up of " + name, prepare: func(*stage, *upper) {}, do: func(s *stage, u *upper) error {
 		return copyUpOne(u, s.lowerRoot()[0].uuid, s.path("lower", name), name, request)
 	}}
 }
@@ -45,12 +45,12 @@ func noTmpfile(u *upper) { u.can.tmpfile = kprobe.No }
 func byXattr(u *upper)   { u.can.whiteouts = whiteoutXattr }
 
 // changes are all of them. What they work on is made by crashStage.
-func changes() []change {
+func upperChanges() []upperChange {
 	up := func(s *stage, u *upper, name string) {
 		must(s.t, copyUpOne(u, s.lowerRoot()[0].uuid, s.path("lower", name), name, nil))
 	}
-	remove := func(name string) change {
-		return change{name: "removal of " + name, prepare: func(s *stage, u *upper) { up(s, u, name) },
+	remove := func(name string) upperChange {
+		return upperChange{name: "removal of " + name, prepare: func(s *stage, u *upper) { up(s, u, name) },
 			do: func(_ *stage, u *upper) error { return u.removeCovered(u.root.Int(), name) }}
 	}
 	mergedEmpty := func(s *stage, u *upper) {
@@ -62,8 +62,8 @@ func changes() []change {
 	}
 	removeDir := remove("dir")
 	removeDir.prepare = mergedEmpty
-	over := func(dir bool) change {
-		return change{name: fmt.Sprintf("made over a whiteout (directory %v)", dir),
+	over := func(dir bool) upperChange {
+		return upperChange{name: fmt.Sprintf("made over a whiteout (directory %v)", dir),
 			prepare: func(s *stage, u *upper) { must(s.t, u.whiteout(u.root.Int(), "dir")) },
 			do: func(_ *stage, u *upper) error {
 				temp := u.tempName()
@@ -83,7 +83,7 @@ func changes() []change {
 	}
 	indexed := copyUpChange("linked", func(r *copyRequest) { r.shared, r.nlink = true, 2 })
 	indexed.index = true
-	fillIn := change{name: fillInName, prepare: func(s *stage, u *upper) {
+	fillIn := upperChange{name: fillInName, prepare: func(s *stage, u *upper) {
 		must(s.t, copyUpOne(u, s.lowerRoot()[0].uuid, s.path("lower/suid"), "suid", func(r *copyRequest) { r.what = copyMeta }))
 	}, do: func(s *stage, u *upper) error {
 		up, err := u.root.Openat("suid", sys.O_PATH, 0)
@@ -98,7 +98,7 @@ func changes() []change {
 		defer low.Close()
 		return u.copyUpData(context.Background(), up.Int(), low.Int())
 	}}
-	all := []change{copyUpChange("plain", nil), copyUpChange("plain", nil).with("without O_TMPFILE", noTmpfile), copyUpChange("symlink", nil),
+	all := []upperChange{copyUpChange("plain", nil), copyUpChange("plain", nil).with("without O_TMPFILE", noTmpfile), copyUpChange("symlink", nil),
 		copyUpChange("dir", nil), copyUpChange("suid", func(r *copyRequest) { r.what = copyMeta }), indexed, fillIn,
 		remove("plain"), removeDir, over(false), over(true),
 		{name: "whiteout of plain", prepare: func(*stage, *upper) {}, do: func(_ *stage, u *upper) error { return u.whiteout(u.root.Int(), "plain") }},
@@ -115,7 +115,7 @@ func changes() []change {
 }
 
 // crashStage is a stage for a change, prepared.
-func (c change) stage(t testing.TB, kind string) *stage {
+func (c upperChange) stage(t testing.TB, kind string) *stage {
 	t.Helper()
 	s := newStage(t, kind)
 	for name, content := range map[string]string{"plain": "some text", "suid": strings.Repeat("#!", 100000), "linked": "two names", "dir/below": "x"} {
@@ -140,7 +140,7 @@ func (c change) stage(t testing.TB, kind string) *stage {
 	return s
 }
 
-func (c change) open(s *stage, step func(string) error) *upper {
+func (c upperChange) open(s *stage, step func(string) error) *upper {
 	s.t.Helper()
 	set := func(o *Config) { o.Step = step }
 	if c.index {
@@ -152,7 +152,7 @@ func (c change) open(s *stage, step func(string) error) *upper {
 // view is what the kernel shows of it: everything but times of access, link counts,
 // and times of the present, which files that were made have, and a directory for
 // whose times a crash between the rename and their setting back came too early.
-func (c change) view(s *stage) []string {
+func (c upperChange) view(s *stage) []string {
 	s.t.Helper()
 	options := []string{"metacopy=on", "redirect_dir=on"}
 	if c.index {
@@ -169,7 +169,7 @@ func (c change) view(s *stage) []string {
 var present = regexp.MustCompile(`\b[0-9]{10}\.[0-9]+\b`)
 
 // lost takes out of a view what a kill may cost: see copyUpData.
-func (c change) lost(lines []string) (out []string) {
+func (c upperChange) lost(lines []string) (out []string) {
 	if c.name != fillInName {
 		return lines
 	}
@@ -190,7 +190,7 @@ var errInjected = errors.New("injected")
 // work; one after the last step that can fail leaves the new one. The lower is as
 // it was.
 func TestEveryStepMayFail(t *testing.T) {
-	for _, c := range changes() {
+	for _, c := range upperChanges() {
 		t.Run(c.name, func(t *testing.T) {
 			steps, before, after := c.rehearse(t)
 			if len(steps) == 0 {
@@ -243,7 +243,7 @@ func noAtimes(lines []string) (out []string) {
 
 // rehearse does the change whole, and tells its steps and what is shown before and
 // after.
-func (c change) rehearse(t *testing.T) (steps, before, after []string) {
+func (c upperChange) rehearse(t *testing.T) (steps, before, after []string) {
 	t.Helper()
 	s := c.stage(t, "tmpfs")
 	before = c.view(s)
@@ -256,7 +256,7 @@ func (c change) rehearse(t *testing.T) (steps, before, after []string) {
 // TestKilledAtEveryStep: a process that is killed anywhere leaves the old tree or the
 // new one, and the next one begins with an empty work.
 func TestKilledAtEveryStep(t *testing.T) {
-	for k, c := range changes() {
+	for k, c := range upperChanges() {
 		t.Run(c.name, func(t *testing.T) {
 			steps, before, after := c.rehearse(t)
 			for i, step := range steps {
@@ -295,7 +295,7 @@ func TestDiesAtAStep(t *testing.T) {
 	if n, _ := fmt.Sscanf(os.Getenv(envDie), "%d %d %s", &k, &i, &dir); n != 3 {
 		t.Skip("part of another test")
 	}
-	c, s, n := changes()[k], &stage{t: t, dir: dir}, 0
+	c, s, n := upperChanges()[k], &stage{t: t, dir: dir}, 0
 	u := c.open(s, func(string) error {
 		if n++; n == i+1 {
 			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
