@@ -65,8 +65,8 @@ type Config struct {
 	// RealInodes says that the trees of Merge show for each regular file the inode
 	// number that it has in its layer. The number of the file that is seen: not that
 	// of the origin of a copy-up, as the kernel shows it of an upper. Diff then takes
-	// two files of one number for one. Else it compares the bytes of what is copied
-	// up, and of nothing more.
+	// two files of one number for one. Else it compares the bytes of the names that a
+	// differing layer has, where their metadata is equal.
 	RealInodes bool
 	// StoredIDs says that Union maps the owners of an id-mapped layer both ways, so
 	// that an upper has them as they are stored. The kernel's overlayfs maps lowers
