@@ -231,7 +231,7 @@ func kind(diff string) string {
 
 func TestRandomOpsLikeTheKernel(t *testing.T) {
 	testenv.Root(t)
-	seeds := 10
+	seeds := 6
 	if s := os.Getenv("UNION_RANDOM_SEEDS"); s != "" {
 		seeds, _ = strconv.Atoi(s)
 	}
@@ -244,6 +244,8 @@ func TestRandomOpsLikeTheKernel(t *testing.T) {
 		"plain":    {},
 		"redirect": {Redirect: RedirectOn},
 		"metacopy": {Redirect: RedirectOn, Metacopy: true},
+		"index":    {Index: true},
+		"all":      {Redirect: RedirectOn, Metacopy: true, Index: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for seed := first; seed < first+seeds; seed++ {
