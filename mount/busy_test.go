@@ -260,6 +260,45 @@ func state(t *testing.T, roots []string) (all string) {
 	return all
 }
 
+// TestClaimKeepsOthersOut: a server's claim refuses mounts, and other claims, until
+// it is released; UpperInUse tells who has it.
+func TestClaimKeepsOthersOut(t *testing.T) {
+	testenv.Leaks(t)
+	fs := testenv.FS(t, "ext4")
+	m := stack(t, fs, 1)
+	l, err := OverlayLayers(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	release, err := Claim(t.Context(), l.Upper, l.Work)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, who, err := UpperInUse(l.Upper, l.Work)
+	if a != kprobe.Yes || !strings.Contains(who, "process "+strconv.Itoa(os.Getpid())) || err != nil {
+		t.Errorf("%v %q, %v", a, who, err)
+	}
+	soon, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	target := dirs(t, fs, "m")[0]
+	if err := All(soon, []Mount{m}, target); err == nil {
+		t.Error("mounted")
+		_ = Unmount(target, UnmountOptions{})
+	}
+	if again, err := Claim(soon, l.Upper, l.Work); err == nil {
+		t.Error("claimed twice")
+		again()
+	}
+	release()
+	if a, who, err := UpperInUse(l.Upper, l.Work); a != kprobe.No {
+		t.Errorf("after release: %v %q, %v", a, who, err)
+	}
+	mounted(t, target, m)
+	if _, err := Claim(t.Context(), l.Upper, l.Work); !errdefs.IsFailedPrecondition(err) || !errors.Is(err, syscall.EBUSY) {
+		t.Errorf("claim of a mounted upper: %v", err)
+	}
+}
+
 func TestUpperInUseOfMissingDirectories(t *testing.T) {
 	testenv.Root(t)
 	a, _, err := UpperInUse("/nosuch/u", "/nosuch/w")

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -158,9 +159,15 @@ func poll(ctx context.Context, wait time.Duration, f func() (done bool, err erro
 
 // UpperInUse tells whether an overlay mount, in whatever mount namespace, has
 // upper as its upperdir or work as its workdir, and if one can be found, where
-// it is mounted. Unknown where neither the kernel nor any readable namespace
-// tells. Errors are about the directories.
+// it is mounted; or whether somebody has a Claim on one of them, and who. Unknown
+// where neither the kernel nor any readable namespace tells. Errors are about the
+// directories.
 func UpperInUse(upper, work string) (a kprobe.Answer, where string, err error) {
+	for _, dir := range []string{upper, work} {
+		if who := claimant(dir); who != "" {
+			return kprobe.Yes, who, nil
+		}
+	}
 	l := &Layers{Upper: upper, Work: work}
 	a, err = probeUse(upper, work)
 	if a == kprobe.No {
@@ -173,6 +180,34 @@ func UpperInUse(upper, work string) (a kprobe.Answer, where string, err error) {
 		a = kprobe.Yes
 	}
 	return a, where, err
+}
+
+// claimant says who has the lock of a claim on a directory; "" if nobody has, or
+// the directory cannot be opened.
+func claimant(dir string) string {
+	f, err := sys.OpenDir(dir)
+	if err != nil {
+		return ""
+	}
+	defer f.Close()
+	if held, err := f.FlockHeld(); err != nil || !held {
+		return ""
+	}
+	who := "a process that serves or mounts it"
+	st, err := f.Stat("")
+	if err != nil {
+		return who
+	}
+	locks, _ := os.ReadFile("/proc/locks")
+	file := fmt.Sprintf("%02x:%02x:%d", st.Dev>>32, uint32(st.Dev), st.Ino)
+	for line := range strings.Lines(string(locks)) {
+		// 1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE 0 EOF
+		if w := strings.Fields(line); len(w) > 5 && w[1] == "FLOCK" && w[5] == file {
+			pid, _ := strconv.Atoi(w[4])
+			return fmt.Sprintf("a union served or mounted by process %s (%s)", w[4], process{pid, "/proc/" + w[4]}.comm())
+		}
+	}
+	return who
 }
 
 // probeUse asks the kernel whether upper or work are in use by an overlay: a
