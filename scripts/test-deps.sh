@@ -6,7 +6,8 @@ set -eu
 # command -> package that has it
 needs='mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs busybox:busybox-static
        setfattr:attr setfacl:acl setcap:libcap2-bin bsdtar:libarchive-tools
-       newuidmap:uidmap umoci:umoci skopeo:skopeo podman:podman zstd:zstd gcc:gcc'
+       newuidmap:uidmap umoci:umoci skopeo:skopeo podman:podman zstd:zstd gcc:gcc
+       fusermount3:fuse3 flock:util-linux'
 
 PATH=$PATH:/usr/sbin:/sbin
 missing=

@@ -46,6 +46,7 @@ type setup struct {
 	Options server.Options
 	Config  union.Config
 	Flags   uintptr
+	GoFuse  bool // served by go-fuse's own loop: what ours is compared with
 }
 
 func (s *setup) config() union.Config {
@@ -77,6 +78,9 @@ func serveTest(what string) error {
 	if err != nil {
 		return err
 	}
+	if s.GoFuse {
+		return serveGoFuse(u, s.Dir)
+	}
 	dev, err := server.Mount(filepath.Join(s.Dir, "m"), server.MountOptions{Source: "test", Type: "layerfs-test",
 		Permissions: true, AllowOther: true, Flags: s.Flags})
 	if err != nil {
@@ -89,22 +93,26 @@ func serveTest(what string) error {
 		return err
 	case <-srv.Ready():
 	}
-	pipe := os.NewFile(3, "ready")
-	fmt.Fprintln(pipe, "up")
-	pipe.Close()
-	go counts(srv)
+	sayReady()
+	go counts(srv.Counts)
 	err = <-served
 	return errors.Join(err, u.Close())
 }
 
+func sayReady() {
+	pipe := os.NewFile(3, "ready")
+	fmt.Fprintln(pipe, "up")
+	pipe.Close()
+}
+
 // counts answers each byte on descriptor 4 with the server's counts.
-func counts(srv *server.Server) {
+func counts(of func() server.Counts) {
 	ask, answer := os.NewFile(4, "ask"), os.NewFile(5, "answer")
 	for b := make([]byte, 1); ; {
 		if _, err := ask.Read(b); err != nil {
 			return
 		}
-		_ = json.NewEncoder(answer).Encode(srv.Counts())
+		_ = json.NewEncoder(answer).Encode(of())
 	}
 }
 

@@ -297,7 +297,7 @@ func TestKilledServer(t *testing.T) {
 	must(t, m.cmd.Process.Kill())
 	_ = m.cmd.Wait()
 	m.gone = true
-	if _, err := os.Stat(m.path("f")); !errors.Is(err, syscall.ENOTCONN) {
+	if _, err := os.Stat(m.path("not asked for yet")); !errors.Is(err, syscall.ENOTCONN) {
 		t.Errorf("stat: %v", err)
 	}
 	f.Close()
