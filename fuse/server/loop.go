@@ -5,6 +5,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/layerctl/layerctl/internal/sys"
 )
@@ -49,13 +50,19 @@ func (l *loop) start() {
 	l.wg.Add(1)
 	go func() {
 		defer l.wg.Done()
-		// The thread is kept: to be handed from thread to thread costs more than
-		// half of what a small request takes. It ends with the goroutine.
-		runtime.LockOSThread()
 		l.thread()
 		l.threads.Add(-1)
 	}()
 }
+
+// turn is how long a goroutine of the loop runs before it gives way. To one that is
+// seen to run for 10 ms the runtime gives no more such time: its monitor takes the
+// processor away from under the next system call, and then looks again every 20 us,
+// for whom else it can take from. With a few of these goroutines that never ends and
+// was half of what a walk of a tree cost. One that gives way in time is left alone,
+// and stays on its thread unless it is locked to it: a locked one is handed from
+// thread to thread for each turn.
+const turn = 4 * time.Millisecond
 
 func (l *loop) thread() {
 	// Pages that no message reached are no memory; in the heap they might be.
@@ -67,7 +74,12 @@ func (l *loop) thread() {
 	defer sys.Unmap(buffers)
 	in, out := buffers[:room:room], buffers[room:]
 	r := &request{}
+	var turned time.Time
 	for {
+		if now := time.Now(); now.Sub(turned) > turn {
+			turned = now
+			runtime.Gosched()
+		}
 		n, errno := l.dev.ReadMessage(in)
 		switch errno {
 		case 0:
