@@ -35,6 +35,44 @@ func linksCase(t *testing.T, do func(s side, say func(string, ...any))) {
 	} {
 		t.Run(name, func(t *testing.T) { both(t, 1, c, linkedLowers(t), do) })
 	}
+	t.Run("nfs_export", func(t *testing.T) { exported(t, 1, linkedLowers(t), do) })
+}
+
+// exported is both with everything indexed. Linux 6.18.44 shows a file that has one
+// link below as having two after the next mount (it passes over xattr nlink; 6.12.117
+// of Debian does not): so the kernel is asked in its first mount only.
+func exported(t *testing.T, lowers int, build func(l []string), do func(s side, say func(string, ...any))) {
+	t.Helper()
+	base := testenv.FS(t, "xfs")
+	var said, lists, upper [2][]string
+	var configs [2]Config
+	for i := range 2 {
+		c := layersFor(t, base, lowers, Config{Index: true, NFSExport: true, Redirect: RedirectOn}, build)
+		configs[i] = c
+		var s side
+		if i == 0 {
+			s = mountKernel(t, c)
+		} else {
+			s = openUnion(t, c)
+		}
+		do(s, func(format string, args ...any) { said[i] = append(said[i], fmt.Sprintf(format, args...)) })
+		lists[i] = listing(t, s)
+		s.close()
+		upper[i] = append(upperListing(t, c), (&stage{t: t, dir: filepath.Dir(c.Work)}).indexKinds()...)
+	}
+	for i, what := range [][2][]string{said, lists, upper} {
+		if d := diffLines(what[0], what[1]); d != "" {
+			t.Errorf("kernel (-) and union (+) differ in %s:\n%s", []string{"answers", "trees", "uppers and indexes"}[i], d)
+		}
+	}
+	for i, c := range configs {
+		u := openUnion(t, c)
+		if d := diffLines(lists[0], listing(t, u)); d != "" {
+			t.Errorf("opened again, what %s wrote:\n%s", []string{"the kernel", "we"}[i], d)
+		}
+		u.close()
+	}
+	mountKernel(t, configs[1]).close() // it takes our index
 }
 
 // tell says how many links names show, what is in them, and whether they are one
@@ -124,6 +162,24 @@ func TestLinksExchangedUnlinked(t *testing.T) {
 		tell(s, say, "b", "y")
 		say("O_TRUNC %s", errno(s.trunc("d/x")))
 		tell(s, say, "a", "d/x", "d/c")
+	})
+}
+
+// TestEverythingIndexed: with nfs_export directories and files of one name go by way
+// of index, too, and a whiteout stays in it for each that is gone.
+func TestEverythingIndexed(t *testing.T) {
+	exported(t, 2, plainLowers(t), func(s side, say func(string, ...any)) {
+		say("write %s", errno(s.write("a", 0, "WRITTEN")))
+		say("unlink lower %s", errno(s.unlink("d/x")))
+		say("unlink upper %s", errno(s.unlink("a")))
+		say("rmdir lower %s", errno(s.rmdir("empty")))
+		say("chmod dir %s", errno(s.chmod("e", 0o700)))
+		say("rmdir full %s", errno(s.rmdir("e")))
+		say("empty it %s", errno(s.unlink("e/v")))
+		say("rmdir upper %s", errno(s.rmdir("e")))
+		say("rename dir %s", errno(s.rename("d", "dd", 0)))
+		say("rename over %s", errno(s.rename("dd/z", "sym", 0)))
+		say("mkdir %s", errno(s.mkdir("a", 0o755)))
 	})
 }
 

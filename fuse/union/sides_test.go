@@ -88,6 +88,9 @@ func mountKernel(t testing.TB, c Config) *kernelSide {
 	onOff := map[bool]string{true: "on", false: "off"}
 	redirect := map[RedirectMode]string{RedirectNoFollow: "nofollow", RedirectFollow: "follow", RedirectOn: "on"}
 	m.Options = append(m.Options, "metacopy="+onOff[c.Metacopy], "index="+onOff[c.Index], "redirect_dir="+redirect[c.Redirect])
+	if c.NFSExport {
+		m.Options = append(m.Options, "nfs_export=on")
+	}
 	if c.Xattrs == XattrUser {
 		m.Options = append(m.Options[:len(m.Options)-3], "userxattr", "index="+onOff[c.Index])
 	}
