@@ -26,6 +26,11 @@ func run(args []string, stdout, stderr io.Writer) int {
 	case c.help:
 		fmt.Fprint(stdout, help)
 		return 0
+	case c.options.remount:
+		err = remount(&c)
+		if err == nil {
+			return 0
+		}
 	default:
 		err = c.options.check()
 	}

@@ -303,3 +303,26 @@ func TestVersionAndHelp(t *testing.T) {
 		}
 	}
 }
+
+// `mount -o remount,ro` comes to the program as any other mount does. It made a
+// second mount over the first.
+func TestRemount(t *testing.T) {
+	dir := layers(t)
+	start(t, dir, program("-o", "lowerdir=l,upperdir=u,workdir=w", "m"))
+	m := filepath.Join(dir, "m")
+	defer func() { must(t, sys.Umount(m, 0)) }()
+	must(t, os.WriteFile(filepath.Join(m, "new"), nil, 0o644))
+	if out := start(t, dir, program("-o", "rw,lowerdir=l,upperdir=u,workdir=w,remount,ro", "m")); out != "" {
+		t.Errorf("it said %q", out)
+	}
+	if err := os.WriteFile(filepath.Join(m, "new"), nil, 0o644); !errors.Is(err, syscall.EROFS) {
+		t.Errorf("writing: %v", err)
+	}
+	start(t, dir, program("source", "m", "-o", "remount,rw"))
+	must(t, os.WriteFile(filepath.Join(m, "new"), nil, 0o644))
+	b, err := os.ReadFile("/proc/self/mounts")
+	must(t, err)
+	if n := strings.Count(string(b), " "+m+" "); n != 1 {
+		t.Errorf("%d mounts", n)
+	}
+}

@@ -25,6 +25,7 @@ type options struct {
 	noXattrs            bool
 	maxIdle, maxThreads int
 	log                 string
+	remount             bool
 }
 
 func defaultOptions() options {
@@ -119,6 +120,7 @@ var switches = map[string]func(o *options){
 		zero := uint32(0)
 		o.union.Squash.UID, o.union.Squash.GID = &zero, &zero
 	},
+	"remount":  func(o *options) { o.remount = true },
 	"clone_fd": func(*options) {},
 	"debug":    func(*options) {},
 }

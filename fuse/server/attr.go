@@ -1,6 +1,8 @@
 package server
 
 import (
+	"syscall"
+
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/layerctl/layerctl/fuse/union"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -34,8 +36,14 @@ func setAttr(to *fuse.Attr, a *union.Attr) {
 }
 
 // attrValid says how long attributes hold: not at all while somebody may write
-// the file through a mapping that neither the kernel's inode nor we hear of.
-func (s *Server) attrValid(nodeid uint64) validity {
+// the file through a mapping that neither the kernel's inode nor we hear of, nor
+// where a write in passthrough takes setuid or setgid away, of which the kernel's
+// inode does not hear.
+func (s *Server) attrValid(nodeid uint64, mode uint32) validity {
+	const setID = syscall.S_ISUID | syscall.S_ISGID
+	if mode&syscall.S_IFMT == syscall.S_IFREG && mode&setID != 0 {
+		return validity{}
+	}
 	if s.opens.mapped.Load() > 0 && s.opens.mayBeMapped(nodeid) {
 		return validity{}
 	}
@@ -44,7 +52,7 @@ func (s *Server) attrValid(nodeid uint64) validity {
 
 func (s *Server) setEntry(to *fuse.EntryOut, e *union.Entry) {
 	id := s.opens.nodeid(e.Node.ID())
-	valid := s.attrValid(id)
+	valid := s.attrValid(id, e.Attr.Mode)
 	to.NodeId, to.Generation = id, 0
 	to.EntryValid, to.EntryValidNsec = s.valid.sec, s.valid.nsec
 	to.AttrValid, to.AttrValidNsec = valid.sec, valid.nsec
@@ -64,7 +72,7 @@ func (s *Server) attr(r *request, nodeid uint64, a union.Attr, err error) (int, 
 	if err != nil {
 		return 0, status(err)
 	}
-	valid := s.attrValid(nodeid)
+	valid := s.attrValid(nodeid, a.Mode)
 	o := reply[fuse.AttrOut](r)
 	o.AttrValid, o.AttrValidNsec = valid.sec, valid.nsec
 	setAttr(&o.Attr, &a)
@@ -108,7 +116,7 @@ func (s *Server) statx(r *request) (int, fuse.Status) {
 	if err != nil {
 		return 0, status(err)
 	}
-	valid := s.attrValid(in.NodeId)
+	valid := s.attrValid(in.NodeId, a.Mode)
 	o := reply[fuse.StatxOut](r)
 	o.AttrValid, o.AttrValidNsec = valid.sec, valid.nsec
 	o.Statx = fuse.Statx{

@@ -62,5 +62,8 @@ func (s *Server) ioctl(r *request) (int, fuse.Status) {
 	default:
 		return 0, enotty
 	}
+	if set := in.Cmd; err == nil && set != fsIocGetFlags && set != fsIocGetFlags4 && set != fsIocGetXattr {
+		s.notifyAttr(in.NodeId & nodeMask) // its ctime
+	}
 	return size + len(out), status(err)
 }

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 	"unsafe"
 
 	"github.com/layerctl/layerctl/fuse/server"
@@ -328,4 +329,52 @@ func TestMountOverALowerAndOverTheUpper(t *testing.T) {
 			m.Dir, m.mountpoint = dir, filepath.Join(dir, layer)
 		})
 	}
+}
+
+// chattr changes the ctime; stat(1) that asks for no more saw the old one.
+func TestInodeFlagsChangeCtime(t *testing.T) {
+	m := serveFiles(t, policyA, "f")
+	must(t, os.WriteFile(m.path("f"), []byte("upper"), 0o644))
+	must(t, os.Chtimes(m.path("f"), time.Unix(1, 0), time.Unix(1, 0)))
+	f := open(t, m.path("f"), os.O_RDONLY)
+	before := statx(t, m.path("f"), unix.STATX_CTIME).Ctime
+	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
+	must(t, err)
+	for end := time.Now().Add(patience); ; { // until the kernel's clock has gone on
+		must(t, unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags|0x40)))
+		must(t, unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags)))
+		if below := statx(t, filepath.Join(m.Dir, "u", "f"), unix.STATX_CTIME).Ctime; below != before {
+			break
+		} else if time.Now().After(end) {
+			t.Fatal("the flags below never changed the ctime")
+		}
+	}
+	if now := statx(t, m.path("f"), unix.STATX_CTIME).Ctime; now == before {
+		t.Errorf("ctime is still %v", now)
+	}
+}
+
+// A write in passthrough by a stranger takes setuid and setgid away; whoever asked
+// for the mode alone saw them still.
+func TestSetIDsAreSeenToGo(t *testing.T) {
+	m := serveFiles(t, policyA)
+	must(t, os.WriteFile(m.path("f"), []byte("upper"), 0o777))
+	for _, flags := range []string{"", "oflag=direct"} {
+		must(t, os.Chmod(m.path("f"), os.ModeSetuid|os.ModeSetgid|0o777))
+		if mode := statx(t, m.path("f"), unix.STATX_MODE).Mode; mode&0o7777 != 0o6777 {
+			t.Fatalf("mode %o", mode)
+		}
+		asUser(t, 1000, "dd if=/dev/zero of="+m.path("f")+" conv=notrunc bs=4096 count=1 status=none "+flags)
+		if mode := statx(t, m.path("f"), unix.STATX_MODE).Mode; mode&0o7777 != 0o777 {
+			t.Errorf("%q: mode %o", flags, mode)
+		}
+	}
+}
+
+// statx asks for what mask names, and no more: the kernel answers from its cache
+// what it can.
+func statx(t testing.TB, path string, mask int) (st unix.Statx_t) {
+	t.Helper()
+	must(t, unix.Statx(unix.AT_FDCWD, path, 0, mask, &st))
+	return st
 }
