@@ -40,7 +40,6 @@ func setAttr(to *fuse.Attr, a *union.Attr) {
 // where a write in passthrough takes setuid or setgid away, of which the kernel's
 // inode does not hear.
 func (s *Server) attrValid(nodeid uint64, mode uint32) validity {
-	const setID = syscall.S_ISUID | syscall.S_ISGID
 	if mode&syscall.S_IFMT == syscall.S_IFREG && mode&setID != 0 {
 		return validity{}
 	}

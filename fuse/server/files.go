@@ -1,6 +1,11 @@
 package server
 
 import (
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/layerctl/layerctl/fuse/union"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -15,7 +20,7 @@ type file struct {
 }
 
 const (
-	setID      = 0o6000 // setuid and setgid
+	setID      = syscall.S_ISUID | syscall.S_ISGID
 	accessMode = sys.O_RDONLY | sys.O_WRONLY | sys.O_RDWR
 )
 
@@ -73,8 +78,8 @@ func (s *Server) open(r *request) (int, fuse.Status) {
 //   - While a node is open with the page cache, each further open is.
 //   - Else it is as the policy wants it.
 //
-// A setuid or setgid file is never in passthrough: nobody would take the bits
-// away when it is written.
+// A setuid or setgid file is not in passthrough, where nobody asks who writes. One
+// that gets the bits while it is in passthrough loses them at the next write.
 func (s *Server) openFile(o *fuse.OpenOut, f *union.File, nodeid uint64, flags, mode uint32, created bool) fuse.Status {
 	fd, upper := f.Fd()
 	of := &file{f: f, nodeid: nodeid}
@@ -265,7 +270,47 @@ func (s *Server) fallocate(r *request) fuse.Status {
 	if f == nil {
 		return fuse.EBADF
 	}
-	return status(f.Fallocate(in.Mode, int64(in.Offset), int64(in.Length)))
+	err := f.Fallocate(in.Mode, int64(in.Offset), int64(in.Length))
+	if err == nil {
+		err = s.dropSetID(&in.InHeader, in.NodeId, f)
+	}
+	return status(err)
+}
+
+// dropSetID takes setuid and setgid bits away after a change that the kernel asks
+// us for without saying whether its caller may leave them (fs/fuse/file.c:
+// file_modified comes to nothing with KILLPRIV_V2).
+func (s *Server) dropSetID(h *fuse.InHeader, nodeid uint64, f *union.File) error {
+	n := s.node(nodeid)
+	if n == nil {
+		return nil
+	}
+	a, err := s.union.Getattr(n, f)
+	if err != nil || a.Mode&setID == 0 || mayKeepSetID(h.Pid) {
+		return err
+	}
+	_, err = s.union.Setattr(s.caller(h, 0), n, f, union.SetAttr{KillPriv: true})
+	s.notifyAttr(n.ID())
+	return err
+}
+
+// mayKeepSetID reports whether a process has CAP_FSETID in the first user
+// namespace; not if there is no telling.
+func mayKeepSetID(pid uint32) bool {
+	dir := "/proc/" + strconv.FormatUint(uint64(pid), 10)
+	ids, err := os.ReadFile(dir + "/uid_map")
+	if pid == 0 || err != nil || strings.Join(strings.Fields(string(ids)), " ") != "0 0 4294967295" {
+		return false
+	}
+	b, err := os.ReadFile(dir + "/status")
+	if err != nil {
+		return false
+	}
+	_, line, _ := strings.Cut(string(b), "\nCapEff:\t")
+	line, _, _ = strings.Cut(line, "\n")
+	caps, err := strconv.ParseUint(line, 16, 64)
+	const fsetid = 4 // CAP_FSETID
+	return err == nil && caps&(1<<fsetid) != 0
 }
 
 func (s *Server) lseek(r *request) (int, fuse.Status) {
@@ -298,6 +343,9 @@ func (s *Server) copyFileRange(r *request) (int, fuse.Status) {
 		size = min(size, most)
 	}
 	n, err := to.CopyRange(int64(in.OffOut), from, int64(in.OffIn), int64(min(size, 1<<62)))
+	if err == nil {
+		err = s.dropSetID(&in.InHeader, in.NodeIdOut, to)
+	}
 	if err != nil {
 		return 0, status(err)
 	}

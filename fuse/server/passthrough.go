@@ -76,11 +76,10 @@ func (t *openTable) get(nodeid uint64) *nodeOpens {
 }
 
 func (t *openTable) put(nodeid uint64, o *nodeOpens) {
-	idle := o.cached == 0 && o.through == 0
 	o.mu.Unlock()
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if o.users--; o.users == 0 && idle {
+	if o.users--; o.users == 0 && o.cached == 0 && o.through == 0 {
 		delete(t.nodes, nodeid)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync"
 	"syscall"
@@ -345,5 +346,61 @@ func TestRefusedPassthroughUsesThePageCache(t *testing.T) {
 			m.wantLog("no passthrough")
 		}
 		m.stop()
+	}
+}
+
+// Who had a file open before it became setuid cannot write into a setuid file.
+func TestSetuidAfterTheOpen(t *testing.T) {
+	m := serveFiles(t, policyA)
+	must(t, os.WriteFile(m.path("f"), []byte("x"), 0o666))
+	must(t, unix.Chmod(m.path("f"), 0o777))
+	cmd := exec.Command("/bin/sh", "-c", "exec 3>>"+m.path("f")+"; echo open; read x; echo evil >&3")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	in, err := cmd.StdinPipe()
+	must(t, err)
+	out, err := cmd.StdoutPipe()
+	must(t, err)
+	must(t, cmd.Start())
+	if _, err := out.Read(make([]byte, 5)); err != nil {
+		t.Fatal(err)
+	}
+	if c := m.counts(); c.Passthrough != 1 {
+		t.Errorf("not in passthrough: %v", c)
+	}
+	must(t, unix.Chmod(m.path("f"), 0o4777))
+	var st unix.Stat_t
+	must(t, unix.Stat(m.path("f"), &st))
+	if st.Mode&0o7777 != 0o4777 {
+		t.Errorf("mode %o before the write", st.Mode&0o7777)
+	}
+	fmt.Fprintln(in)
+	must(t, cmd.Wait())
+	must(t, unix.Stat(m.path("f"), &st))
+	if st.Mode&0o7777 != 0o777 {
+		t.Errorf("mode %o after the write", st.Mode&0o7777)
+	}
+}
+
+// fallocate and copy_file_range are changes, too.
+func TestSetuidIsDroppedByFallocate(t *testing.T) {
+	if _, err := exec.LookPath("fallocate"); err != nil {
+		testenv.Skip(t, "no fallocate (Debian: util-linux)")
+	}
+	m := serveFiles(t, policyA, "f")
+	var st unix.Stat_t
+	mode := func() uint32 {
+		must(t, unix.Stat(m.path("f"), &st))
+		return st.Mode & 0o7777
+	}
+	must(t, unix.Chmod(m.path("f"), 0o6777))
+	if out, err := exec.Command("fallocate", "-l", "100", m.path("f")).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if got := mode(); got != 0o6777 {
+		t.Errorf("root's fallocate left %o", got)
+	}
+	asNobody(t, "fallocate -l 200 "+m.path("f"))
+	if got := mode(); got != 0o777 || st.Size != 200 {
+		t.Errorf("nobody's fallocate left %o, size %d", got, st.Size)
 	}
 }

@@ -50,8 +50,27 @@ func (f *Fd) FuseClone(session *Fd) error {
 
 // BackingOpen registers descriptor n with the connection f, for passthrough
 // (FUSE_DEV_IOC_BACKING_OPEN): EPERM without CAP_SYS_ADMIN in the first user
-// namespace, ELOOP for a file system that is stacked too high.
+// namespace, ELOOP for a file system that is stacked too high. The kernel reads and
+// writes the file with the credentials that are registered with it: they are
+// without CAP_FSETID, so that a write takes setuid and setgid bits away. The
+// goroutine must be locked to its thread.
 func (f *Fd) BackingOpen(n int) (id int32, err error) {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var caps [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &caps[0]); err != nil {
+		return 0, f.err("capget", "", err)
+	}
+	if without := caps; caps[0].Effective&(1<<unix.CAP_FSETID) != 0 {
+		without[0].Effective &^= 1 << unix.CAP_FSETID
+		if err := unix.Capset(&hdr, &without[0]); err != nil {
+			return 0, f.err("capset", "", err)
+		}
+		defer func() {
+			if e := unix.Capset(&hdr, &caps[0]); e != nil {
+				panic("sys: capabilities of the thread cannot be had back: " + e.Error())
+			}
+		}()
+	}
 	arg := struct {
 		fd      int32
 		flags   uint32
