@@ -188,7 +188,7 @@ func TestForeground(t *testing.T) {
 	must(t, cmd.Process.Signal(syscall.SIGUSR1))
 	eventually(t, "counts in the log", func() bool {
 		b, _ := os.ReadFile(filepath.Join(dir, "log"))
-		return bytes.Contains(b, []byte("requests "))
+		return bytes.Contains(b, []byte("nodes ")) && bytes.Contains(b, []byte("copy-ups 0")) && bytes.Contains(b, []byte("requests "))
 	})
 	must(t, cmd.Process.Signal(os.Interrupt))
 	if err := cmd.Wait(); err != nil {

@@ -148,7 +148,7 @@ func handleSignals(srv *server.Server, u *union.FS, target string, log *logger) 
 	go func() {
 		for sig := range signals {
 			if sig == syscall.SIGUSR1 {
-				log.printf("%v", srv.Counts())
+				log.printf("%v, %v", u.Counts(), srv.Counts())
 				continue
 			}
 			if _, ok := inherited(target); ok {

@@ -14,6 +14,7 @@ import (
 	"unsafe"
 
 	"github.com/layerctl/layerctl/fuse/server"
+	"github.com/layerctl/layerctl/fuse/union"
 	"github.com/layerctl/layerctl/internal/sys"
 	"golang.org/x/sys/unix"
 )
@@ -377,4 +378,36 @@ func statx(t testing.TB, path string, mask int) (st unix.Statx_t) {
 	t.Helper()
 	must(t, unix.Statx(unix.AT_FDCWD, path, 0, mask, &st))
 	return st
+}
+
+// Descriptors and memory do not grow with what the kernel knows of the tree.
+func TestDescriptorsAreBounded(t *testing.T) {
+	dir := dirs(t, "tmpfs")
+	const many = 600
+	for i := range many {
+		d := filepath.Join(dir, "l", fmt.Sprintf("d%d", i))
+		must(t, os.Mkdir(d, 0o755))
+		must(t, os.WriteFile(filepath.Join(d, "f"), []byte("x"), 0o644))
+	}
+	const keep = 50
+	m := serve(t, setup{Dir: dir, Options: policyA, Config: union.Config{MaxDirs: keep}})
+	fds := func() int {
+		list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", m.cmd.Process.Pid))
+		must(t, err)
+		return len(list)
+	}
+	before := fds()
+	for i := range many {
+		path := m.path(fmt.Sprintf("d%d/f", i))
+		_, err := os.ReadFile(path)
+		must(t, err)
+		if i%2 == 0 {
+			must(t, os.WriteFile(path, []byte("y"), 0o644))
+		}
+		if i%3 == 0 {
+			must(t, os.Remove(path))
+		}
+	}
+	eventually(t, "all files closed", func() bool { return m.counts().Files == 0 })
+	eventually(t, "descriptors given back", func() bool { return fds() <= before+keep+20 })
 }

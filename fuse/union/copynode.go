@@ -106,6 +106,7 @@ func (fs *FS) stale(s Stale) {
 
 // raised tells a node that it is in the upper now; st is of the new inode.
 func (fs *FS) raised(parent, n *Node, r *copyRequest, st *sys.Stat) {
+	fs.copyUps.Add(1)
 	parted := !n.isDir() && r.src.stat.Nlink > 1 && !r.shared
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -44,6 +44,7 @@ type FS struct {
 	table   *table
 	copies  map[nameKey]*Node // being copied up; under table.mu
 	spares  atomic.Int32      // nodes with isSpare
+	copyUps atomic.Uint64     // since Open
 	seed    maphash.Seed      // of the cookies of directories
 
 	odd struct {
