@@ -68,8 +68,8 @@ func (fs *FS) create(c Caller, dir *Node, name string, o *newObject) (e Entry, f
 	if err := fs.mayMake(dir, name); err != nil {
 		return Entry{}, -1, err
 	}
-	dir.change.Lock()
-	defer dir.change.Unlock()
+	fs.lockNames(dir)
+	defer fs.unlockNames(dir)
 	if dir.has(isDead) {
 		return Entry{}, -1, syscall.ENOENT
 	}
@@ -135,7 +135,7 @@ func (fs *FS) made(dir *Node, up int, name string, fd int) (Entry, int, error) {
 	}
 	var n *Node
 	for n == nil {
-		n = fs.intern(dir, name, &f, fs.epoch(dir))
+		n = fs.intern(dir, name, &f, fs.epoch(dir), true)
 	}
 	e := Entry{Node: n}
 	fs.show(n, &f.st, &e.Attr)

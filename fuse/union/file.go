@@ -89,6 +89,7 @@ func (f *File) open(flags int) error {
 	n.change.Lock()
 	defer n.change.Unlock()
 	upper := n.has(inUpper) && !n.has(isMetacopy)
+	flags |= sys.O_NONBLOCK // whatever somebody has put there behind our back
 	var fd int
 	var err error
 	switch {

@@ -218,9 +218,11 @@ func (fs *FS) entryOf(name string, f *found) error {
 	return nil
 }
 
-// epoch changes whenever something was copied up that a look into dir may have
-// missed.
-func (fs *FS) epoch(dir *Node) uint32 { return dir.dir.copied.Load() + fs.indexUps.Load() }
+// epoch changes whenever something was copied up, or has changed in dir, that a
+// look into dir may have missed.
+func (fs *FS) epoch(dir *Node) uint32 {
+	return dir.dir.copied.Load() + dir.dir.changed.Load() + fs.indexUps.Load()
+}
 
 // indexKey is where a node stands in FS.copies while it is copied up into index.
 func indexKey(name string) nameKey { return nameKey{0, name} }

@@ -5,13 +5,20 @@ import (
 )
 
 // intern gives the node of what was found at name in dir, making it if there is
-// none, with a reference for the caller. nil: a copy-up in dir has ended since
-// the search began (copied is from before), so that it must be done again.
-func (fs *FS) intern(dir *Node, name string, f *found, copied uint32) *Node {
+// none, with a reference for the caller. nil: something in dir has changed since
+// the search began (epoch is from before), so that it must be done again. mine:
+// the caller has locked dir.
+func (fs *FS) intern(dir *Node, name string, f *found, epoch uint32, mine bool) *Node {
 	t := fs.table
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if fs.epoch(dir) != copied {
+	if fs.epoch(dir) != epoch {
+		return nil
+	}
+	if dir.dir.busy && !mine {
+		// Somebody is taking names away, and has looked already which nodes have
+		// them: no node may come to be in between.
+		t.wait(dir)
 		return nil
 	}
 	key, byName := fs.keyOf(f)
@@ -31,10 +38,7 @@ func (fs *FS) intern(dir *Node, name string, f *found, copied uint32) *Node {
 			p = fs.copies[indexKey(f.indexed)]
 		}
 		if p != nil {
-			t.mu.Unlock()
-			p.change.Lock()
-			p.change.Unlock() //lint:ignore SA2001 waiting is all
-			t.mu.Lock()
+			t.wait(p)
 			return nil
 		}
 	}
@@ -46,11 +50,32 @@ func (fs *FS) intern(dir *Node, name string, f *found, copied uint32) *Node {
 	if n == nil {
 		n = fs.newNode(dir, name, f)
 		t.add(n, byName)
-	} else {
-		fs.renew(n, dir, name, f)
 	}
 	n.refs++
 	return n
+}
+
+// wait waits until nobody changes n; t.mu is let go meanwhile.
+func (t *table) wait(n *Node) {
+	t.mu.Unlock()
+	n.change.Lock()
+	n.change.Unlock() //lint:ignore SA2001 waiting is all
+	t.mu.Lock()
+}
+
+// lockNames locks a directory whose names are about to change.
+func (fs *FS) lockNames(dir *Node) {
+	dir.change.Lock()
+	fs.table.mu.Lock()
+	dir.dir.busy = true
+	fs.table.mu.Unlock()
+}
+
+func (fs *FS) unlockNames(dir *Node) {
+	fs.table.mu.Lock()
+	dir.dir.busy = false
+	fs.table.mu.Unlock()
+	dir.change.Unlock()
 }
 
 // keyOf is the identity of what was found; byName: it does not tell the names of
@@ -126,13 +151,23 @@ func (fs *FS) inoOf(f *found) uint64 {
 	return fs.ino(0, f.st.Ino)
 }
 
-// renew tells a node that is in memory where it was found; t.mu is held, and
-// n.mu is not: what is set here is read under either.
-func (fs *FS) renew(n, dir *Node, name string, f *found) {
-	if !f.upper || n.isDir() || n.has(isIndexed) || n.parent == dir && n.name == name {
+// renew tells a node where it was found, if it may have other names in the upper,
+// and nothing has changed since.
+func (fs *FS) renew(n, dir *Node, name string, f *found, epoch uint32, mine bool) {
+	if !f.upper || f.st.Nlink < 2 || n.isDir() || n.has(isIndexed) {
 		return
 	}
-	if f.st.Nlink > 1 && n.upIno == f.st.Ino {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	t := fs.table
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n.upIno != f.st.Ino || fs.epoch(dir) != epoch || dir.dir.busy && !mine {
+		return
+	}
+	if n.has(noName) && !n.has(isDead) {
+		fs.moveLocked(n, dir, name)
+	} else if n.parent != dir || n.name != name {
 		fs.addName(n, dir, name)
 	}
 }
@@ -140,7 +175,7 @@ func (fs *FS) renew(n, dir *Node, name string, f *found) {
 // maxAlts bounds the names of one file that are remembered beside the first.
 const maxAlts = 8
 
-// addName remembers one more name in the upper; t.mu is held.
+// addName remembers one more name in the upper; n.mu and t.mu are held.
 func (fs *FS) addName(n, dir *Node, name string) {
 	m := n.extra()
 	for _, a := range m.alts {

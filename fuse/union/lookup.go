@@ -55,7 +55,7 @@ func (fs *FS) Lookup(dir *Node, name string) (Entry, error) {
 	case len(name) > nameMax:
 		return Entry{}, syscall.ENAMETOOLONG
 	}
-	return fs.lookup(dir, name, -1)
+	return fs.lookup(dir, name, -1, false)
 }
 
 // nameMax is the longest name of a file.
@@ -74,19 +74,21 @@ func (fs *FS) entry(n *Node) (Entry, error) {
 }
 
 // lookup finds a name and gives the caller a reference. from is where the name
-// is known to be: the number of a lower of dir; -1: not known.
-func (fs *FS) lookup(dir *Node, name string, from int) (Entry, error) {
+// is known to be: the number of a lower of dir; -1: not known. mine: the caller
+// has locked dir.
+func (fs *FS) lookup(dir *Node, name string, from int, mine bool) (Entry, error) {
 	for {
-		copied := fs.epoch(dir)
+		epoch := fs.epoch(dir)
 		var f found
 		if err := fs.find(dir, name, &f, from); err != nil {
 			return Entry{}, err
 		}
-		n := fs.intern(dir, name, &f, copied)
+		n := fs.intern(dir, name, &f, epoch, mine)
 		if n == nil {
 			from = -1
-			continue // something was copied up meanwhile
+			continue // something has changed meanwhile
 		}
+		fs.renew(n, dir, name, &f, epoch, mine)
 		e := Entry{Node: n}
 		if n.has(inUpper) != f.upper {
 			// Known under its identity, and copied up since.

@@ -68,6 +68,7 @@ type dirState struct {
 	changed atomic.Uint32 // counts changes of its names in the upper
 	looks   atomic.Uint32 // counts looks into the lowers
 	index   atomic.Pointer[lowerIndex]
+	busy    bool          // names are being taken away; under FS.table
 	acl     atomic.Uint32 // a default ACL in the upper: one of the acl constants
 
 	mu       sync.Mutex

@@ -126,7 +126,7 @@ func gone(err error) error {
 func (d *Dir) ReadPlus(off uint64, add func(DirEntry, Entry) bool) error {
 	return d.walk(off, func(i *dirItem) (bool, error) {
 		name := string(i.name)
-		e, err := d.fs.lookup(d.node, name, i.lower)
+		e, err := d.fs.lookup(d.node, name, i.lower, false)
 		if err != nil {
 			return true, gone(err)
 		}

@@ -27,7 +27,7 @@ func (fs *FS) removeName(dir *Node, name string, wantDir bool) error {
 	if !dir.has(inUpper) {
 		// Nothing is copied up for what is not there or cannot go.
 		var v victim
-		err := fs.findRemovable(dir, name, &v, wantDir)
+		err := fs.findRemovable(dir, name, &v, wantDir, false)
 		if err == nil && wantDir {
 			err = fs.mustBeEmpty(v.node)
 		}
@@ -39,11 +39,11 @@ func (fs *FS) removeName(dir *Node, name string, wantDir bool) error {
 			return err
 		}
 	}
-	dir.change.Lock()
-	defer dir.change.Unlock()
+	fs.lockNames(dir)
+	defer fs.unlockNames(dir)
 	var v victim
 	defer func() { fs.release(v.node) }()
-	if err := fs.findRemovable(dir, name, &v, wantDir); err != nil {
+	if err := fs.findRemovable(dir, name, &v, wantDir, true); err != nil {
 		return err
 	}
 	if n := v.node; n != nil {
@@ -60,7 +60,7 @@ func (fs *FS) removeName(dir *Node, name string, wantDir bool) error {
 }
 
 // findRemovable finds what unlink or rmdir is about. A directory has a node then.
-func (fs *FS) findRemovable(dir *Node, name string, v *victim, wantDir bool) error {
+func (fs *FS) findRemovable(dir *Node, name string, v *victim, wantDir, locked bool) error {
 	if err := fs.findVictim(dir, name, v); err != nil {
 		return err
 	}
@@ -71,17 +71,18 @@ func (fs *FS) findRemovable(dir *Node, name string, v *victim, wantDir bool) err
 		return syscall.ENOTDIR
 	}
 	if wantDir || fs.goesByIndex(&v.f) {
-		return fs.needNode(dir, name, v)
+		return fs.needNode(dir, name, v, locked)
 	}
 	return nil
 }
 
-// needNode makes the node of what was found, if there is none.
-func (fs *FS) needNode(dir *Node, name string, v *victim) error {
+// needNode makes the node of what was found, if there is none; locked: the caller
+// has locked dir.
+func (fs *FS) needNode(dir *Node, name string, v *victim, locked bool) error {
 	if v.node != nil {
 		return nil
 	}
-	e, err := fs.lookup(dir, name, -1)
+	e, err := fs.lookup(dir, name, -1, locked)
 	if err != nil {
 		return err
 	}

@@ -16,6 +16,7 @@ type move struct {
 	noreplace        bool
 	oldup, newup     int
 	src, dst         victim
+	locked           bool // olddir and newdir are
 	covered          bool // a whiteout in the upper is where the new name is to be
 }
 
@@ -81,6 +82,8 @@ func (m *move) prepare() error {
 func (m *move) try() (up *Node, err error) {
 	unlock := m.fs.lockDirs(m.olddir, m.newdir)
 	defer unlock()
+	m.locked = true
+	defer func() { m.locked = false }()
 	if m.olddir.has(isDead) || m.newdir.has(isDead) {
 		return nil, syscall.ENOENT
 	}
@@ -160,7 +163,7 @@ func (m *move) needNode(dir *Node, name string, v *victim) error {
 	if v.node != nil || v.upper && !v.f.st.IsDir() && !v.f.metacopy && v.f.indexed == "" {
 		return nil
 	}
-	return m.fs.needNode(dir, name, v)
+	return m.fs.needNode(dir, name, v, m.locked)
 }
 
 // mayMove refuses what would need a redirect that may not be made.
@@ -509,8 +512,8 @@ func (fs *FS) moved(n, olddir *Node, oldname string, newdir *Node, newname strin
 // lockDirs locks the directories of a rename, an ancestor first.
 func (fs *FS) lockDirs(a, b *Node) (unlock func()) {
 	if a == b {
-		a.change.Lock()
-		return a.change.Unlock
+		fs.lockNames(a)
+		return func() { fs.unlockNames(a) }
 	}
 	fs.renames.Lock()
 	fs.tree.RLock()
@@ -519,11 +522,11 @@ func (fs *FS) lockDirs(a, b *Node) (unlock func()) {
 		first, second = b, a
 	}
 	fs.tree.RUnlock()
-	first.change.Lock()
-	second.change.Lock()
+	fs.lockNames(first)
+	fs.lockNames(second)
 	return func() {
-		second.change.Unlock()
-		first.change.Unlock()
+		fs.unlockNames(second)
+		fs.unlockNames(first)
 		fs.renames.Unlock()
 	}
 }

@@ -231,7 +231,7 @@ func TestCrashChild(t *testing.T) {
 	}
 	fs, err := Open(context.Background(), o.Config)
 	must(t, err)
-	s := &unionSide{t, fs}
+	s := &unionSide{t: t, fs: fs}
 	must(t, changes[o.Change].before(s))
 	armed = true
 	must(t, changes[o.Change].do(s))
