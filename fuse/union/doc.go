@@ -45,9 +45,10 @@
 //	FS.table      Node.ID to Node, identity to Node, reference counts
 //
 // A lookup takes none of them but the last: it reads the layers and then asks the
-// table for the node. What it has read is stale if a copy-up has ended in the
-// directory meanwhile (dirState.copied), or has made its file and not told yet
-// (FS.copies): then it looks again.
+// table for the node. What it has read is stale if something in the directory was
+// copied up or has changed meanwhile (FS.epoch), if a copy-up has made its file and
+// not told yet (FS.copies), or if names are just being taken away (dirState.busy):
+// then it waits, without a lock, and looks again.
 //
 // Parents are copied up before a node's own lock is taken, outermost first; a
 // node that is in the upper stays there, so nobody has to look again.
