@@ -1,0 +1,86 @@
+package uniontest
+
+import (
+	"context"
+	"slices"
+	"strings"
+)
+
+// Spec says what is to be mounted. Paths are absolute.
+type Spec struct {
+	Lowers []string // nearest first
+	Data   []string // data-only lowers
+	Upper  string   // "" for a read-only union
+	Work   string
+	// LowerDir, if not empty, is the option lowerdir= as it is to be given, and
+	// Lowers and Data only say which directories are in it.
+	LowerDir string
+	// Options are options in the kernel's words: "index=on", "userxattr",
+	// "volatile", "ro".
+	Options []string
+}
+
+// option returns the value of the option key: "" if it is not there, "on" for
+// one without value.
+func (s Spec) option(key string) string {
+	for _, o := range slices.Backward(s.Options) {
+		k, v, ok := strings.Cut(o, "=")
+		switch {
+		case k == key && ok:
+			return v
+		case k == key:
+			return "on"
+		}
+	}
+	return ""
+}
+
+// with returns s with further options.
+func (s Spec) with(options ...string) Spec {
+	s.Options = append(slices.Clone(s.Options), options...)
+	return s
+}
+
+// Subject is an implementation of unions: what the cases run on.
+type Subject struct {
+	Name string
+	// Kernel says that it is the kernel's overlayfs.
+	Kernel bool
+	// Mount mounts s at target.
+	Mount func(ctx context.Context, s Spec, target string) (Mounted, error)
+	// Differences are what the subject does otherwise than the kernel, each with
+	// its reason.
+	Differences map[Difference]string
+}
+
+// Mounted is one mounted union.
+type Mounted interface {
+	// Unmount unmounts, and returns when nothing of it runs any more.
+	Unmount() error
+	// Kill ends a server with SIGKILL, its mount staying behind dead, and reports
+	// whether there was one to kill.
+	Kill() bool
+}
+
+// Difference is something that a Subject may do otherwise than the kernel.
+type Difference string
+
+// The differences that a Subject may have.
+const (
+	// NoClone: FICLONE and FICLONERANGE answer EOPNOTSUPP, or ENOTTY.
+	NoClone Difference = "FICLONE"
+	// NoFileFlags: no ioctl for inode flags and attributes.
+	NoFileFlags Difference = "FS_IOC_GETFLAGS"
+	// InUseRefused: an upper or workdir in use by another mount is refused with
+	// index=off, too, where the kernel only warns.
+	InUseRefused Difference = "in-use"
+	// NoHandles: name_to_handle_at works without nfs_export=on.
+	HandlesAlways Difference = "handles"
+	// MountEarly: options that the kernel refuses are ignored with a warning.
+	UnknownIgnored Difference = "unknown options"
+	// MmapStale: a shared mapping made before copy-up keeps the old content.
+	MmapStale Difference = "mmap"
+)
+
+// differs returns the reason for a difference, "" if the subject has it not.
+func (s *Subject) differs(d Difference) string { return s.Differences[d] }
