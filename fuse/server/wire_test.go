@@ -342,7 +342,7 @@ func TestInodeFlagsChangeCtime(t *testing.T) {
 	flags, err := unix.IoctlGetUint32(int(f.Fd()), unix.FS_IOC_GETFLAGS)
 	must(t, err)
 	for end := time.Now().Add(patience); ; { // until the kernel's clock has gone on
-		must(t, unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags|0x40)))
+		must(t, unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags|0x80)))
 		must(t, unix.IoctlSetPointerInt(int(f.Fd()), unix.FS_IOC_SETFLAGS, int(flags)))
 		if below := statx(t, filepath.Join(m.Dir, "u", "f"), unix.STATX_CTIME).Ctime; below != before {
 			break
