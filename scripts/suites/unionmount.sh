@@ -31,7 +31,9 @@ for variant; do
 		*--xdev*) case $moving in *" $t "*) continue ;; esac ;;
 		*) [ "$t" = rename-exdev ] && continue ;;
 		esac
-		unset UNIONMOUNT_LOWERDIR
+		unset UNIONMOUNT_LOWERDIR UNIONMOUNT_MNTOPTIONS
+		# the kernel's default is its own; a program may have another
+		case $variant in *--xdev*) export UNIONMOUNT_MNTOPTIONS=redirect_dir=off ;; esac
 		args=
 		for a; do
 			if [ "$a" = xlower ]; then

@@ -6,8 +6,7 @@
 # generic: the kernel as xfstests's FSTYP=overlay, a program as FSTYP=fuse, found as
 # mount(8) finds any FUSE file system: mount -t fuse.NAME, mount.fuse3, NAME in the
 # PATH. overlay: FSTYP=overlay for both; the program stands behind `mount -t overlay`,
-# and df, findmnt and /proc/mounts, which would say fuse.NAME, are asked through
-# programs that say overlay.
+# and df and findmnt say overlay for fuse.NAME.
 . "$(dirname "$0")/suite.sh"
 usage='usage: xfstests.sh DIR KIND generic|overlay [arguments of check]'
 dir=$(realpath "${1:?$usage}")
@@ -31,10 +30,26 @@ mount --bind "$top/shadow" /etc/shadow
 scratch test 10G
 scratch scratch 10G
 mkdir "$top/bin"
+# saying PROGRAM TYPE: PROGRAM says TYPE where it would say fuse.NAME.
+saying() {
+	cat >"$top/bin/$1" <<-END
+		#!/bin/sh
+		"$(command -v "$1")" "\$@" >"$top/\$\$.out"
+		rc=\$?
+		sed 's/fuse\.$(basename "$kind")/$2/g' "$top/\$\$.out"
+		rm -f "$top/\$\$.out"
+		exit \$rc
+	END
+	chmod +x "$top/bin/$1"
+}
 config=$top/config
 export PATH="$top/bin:$PATH" SUITE_PROGRAM="$kind" SUITE_MOUNT_LOG="$results/mounts"
 if [ "$group" = generic ] && [ "$kind" != kernel ]; then
-	ln -s "$kind" "$top/bin/$(basename "$kind")"
+	saying df fuse # as xfstests wants a FUSE file system to be called
+	# mount.fuse3 looks where programs are installed.
+	mkdir "$top/installed"
+	ln -s "$kind" "$top/installed/$(basename "$kind")"
+	mount -t overlay -o "lowerdir=$top/installed:/usr/bin" overlay /usr/bin
 	for d in test scratch; do
 		mkdir "$top/$d/l" "$top/$d/u" "$top/$d/w" "$top/m.$d"
 		echo "from the lower" >"$top/$d/l/file.of.lower"
@@ -58,11 +73,8 @@ else
 	set -- -overlay "$@"
 	if [ "$kind" != kernel ]; then
 		cp "$here/mount" "$top/bin/mount"
-		for p in df findmnt; do
-			printf '#!/bin/sh\n%s "$@" >%s/$$.out; rc=$?\nsed "s/fuse\\.%s/overlay/g" %s/$$.out; rm -f %s/$$.out; exit $rc\n' \
-				"$(command -v $p)" "$top" "$(basename "$kind")" "$top" "$top" >"$top/bin/$p"
-			chmod +x "$top/bin/$p"
-		done
+		saying df overlay
+		saying findmnt overlay
 	fi
 fi
 export HOST_OPTIONS="$config" RESULT_BASE="$results/x" LC_ALL=C
