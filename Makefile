@@ -49,8 +49,8 @@ vet:
 staticcheck:
 	$(GO) tool -modfile=tools/go.mod staticcheck $(PKGS)
 
-race: ## every test under the race detector, and the floor of passed cases per driver
-	scripts/gotest.sh -race $(PKGS)
+race: ## the tests of what goroutines share, under the race detector: see ci/race
+	scripts/race.sh
 
 fuzz: ## every fuzz target for a few seconds
 	scripts/fuzz.sh 4s

@@ -116,6 +116,7 @@ func bulkyLayers() []testimage.Layer {
 // TestKilledLoad: a load killed at any step lists nothing, the store is sound,
 // and GC removes what is left.
 func TestKilledLoad(t *testing.T) {
+	testenv.Slow(t)
 	l, _ := bulky(t)
 	for what, source := range map[string]string{"load": l.Dir(t), "stream": testimage.TempFile(t, l.Tar(t))} {
 		deaths := 0
@@ -148,6 +149,7 @@ func TestKilledLoad(t *testing.T) {
 // TestKilledUnpack: an unpack killed at any step leaves whole layers; the next
 // one removes the half-made one and finishes.
 func TestKilledUnpack(t *testing.T) {
+	testenv.Slow(t)
 	l, std := bulky(t)
 	s := newStore(t)
 	r, err := s.Load(t.Context(), l.Dir(t), image.LoadOptions{})

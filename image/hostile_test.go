@@ -199,6 +199,7 @@ var badLayouts = []bad{
 // TestBadLayouts: each is refused by what is wrong with it, as a directory, as
 // an archive and as a stream, and leaves nothing.
 func TestBadLayouts(t *testing.T) {
+	testenv.Slow(t)
 	for _, c := range badLayouts {
 		t.Run(c.name, func(t *testing.T) {
 			l := testimage.NewLayout()
@@ -446,6 +447,7 @@ func untar(t *testing.T, b []byte) map[string][]byte {
 // TestBadArchives: each is refused by what is wrong with it, as a file, as a
 // stream and compressed, and leaves nothing.
 func TestBadArchives(t *testing.T) {
+	testenv.Slow(t)
 	for _, c := range badArchives {
 		t.Run(c.name, func(t *testing.T) {
 			testenv.Leaks(t)
@@ -476,6 +478,7 @@ func TestBadArchives(t *testing.T) {
 // TestTruncatedAnywhere: an archive cut at any block is an error and never an
 // image.
 func TestTruncatedAnywhere(t *testing.T) {
+	testenv.Slow(t)
 	l := testimage.NewLayout()
 	small := l.AddImage(t, testimage.Platform, []testimage.Layer{{testimage.File("a", "a")}})
 	l.List("small", small.Target)

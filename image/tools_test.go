@@ -96,6 +96,7 @@ func TestSkopeoWrites(t *testing.T) {
 // TestUmociUnpacksTheSame: umoci's unpacking of what Save wrote is our mount,
 // file by file: type, mode, owner, time, link, content, hard links, xattrs.
 func TestUmociUnpacksTheSame(t *testing.T) {
+	testenv.Slow(t)
 	testenv.Root(t)
 	umoci := testenv.Program(t, "umoci", "umoci")
 	eachDriver(t, func(t *testing.T, v *snapshot.View) {

@@ -333,6 +333,7 @@ func TestApplyWithoutKnowingTheLower(t *testing.T) {
 // Sparse entries in every form that GNU tar writes keep their content, and their
 // holes.
 func TestApplySparse(t *testing.T) {
+	testenv.Slow(t)
 	testenv.Root(t)
 	dir := testenv.FS(t, "ext4")
 	program := testenv.Program(t, "tar", "tar")

@@ -373,6 +373,7 @@ func printEntries(entries []genEntry) string {
 // exactly what Apply makes of a plain copy, over several layers, each of one or
 // two archives, seen as upper and as lower.
 func TestOverlayUpperEqualsPlainTree(t *testing.T) {
+	testenv.Slow(t)
 	for _, w := range []Whiteouts{WhiteoutsTrusted, WhiteoutsUser} {
 		t.Run(w.overlayXattr("x"), func(t *testing.T) { testOverlayEqualsPlain(t, w) })
 	}

@@ -52,6 +52,7 @@ func compressible(n int) []byte {
 // The same bytes give the same blob, however they are written and on however
 // many CPUs, or an image would have another digest each time it is saved.
 func TestCompressorIsDeterministic(t *testing.T) {
+	testenv.Slow(t)
 	data := compressible(3 << 20)
 	r := rand.New(rand.NewPCG(3, 4))
 	for _, c := range compressions {
@@ -117,6 +118,7 @@ func TestDecompress(t *testing.T) {
 // Cut or changed anywhere, a compressed blob is an error of the right kind and
 // never other data; an error of the stream below stays what it was.
 func TestDecompressCorrupt(t *testing.T) {
+	testenv.Slow(t)
 	tarball := compressible(50_000)
 	broken := errors.New("the network is down")
 	for _, c := range []Compression{Gzip, Zstd} {

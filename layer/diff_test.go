@@ -180,6 +180,7 @@ func deep(t testing.TB, root string, n int, content string) {
 
 // Paths far beyond PATH_MAX, with few descriptors open.
 func TestDiffDeepTrees(t *testing.T) {
+	testenv.Slow(t)
 	const depth = 1024
 	a, b := t.TempDir(), t.TempDir()
 	deep(t, a, depth, "one")

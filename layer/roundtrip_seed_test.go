@@ -14,6 +14,7 @@ var epoch = time.Unix(1_500_000_000, 0)
 // Each kind of file system has its own inode numbers, link counts of
 // directories, time stamps and xattr limits.
 func TestRoundTripFileSystems(t *testing.T) {
+	testenv.Slow(t)
 	testenv.Root(t)
 	for _, kind := range []string{"ext4", "xfs", "btrfs", "tmpfs"} {
 		t.Run(kind, func(t *testing.T) {

@@ -116,6 +116,7 @@ func put(ctx context.Context, v *snapshot.View, key, name, content string) error
 // TestCrashAtEveryStep kills a process at each step of everything it does, the
 // driver's steps among them, and wants what is then opened to be whole.
 func TestCrashAtEveryStep(t *testing.T) {
+	testenv.Slow(t)
 	testenv.Root(t)
 	for _, driver := range []string{"native", "overlay"} {
 		t.Run(driver, func(t *testing.T) {
@@ -434,6 +435,7 @@ func putJob(ctx context.Context, j job) error {
 
 // TestCrashInRecovery kills the recovery itself at each of its steps.
 func TestCrashInRecovery(t *testing.T) {
+	testenv.Slow(t)
 	testenv.Root(t)
 	for _, driver := range []string{"native", "overlay"} {
 		t.Run(driver, func(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 // name, snapshots can be removed and their bytes freed, by a process that was
 // there before and by one that comes then, one after the other.
 func TestRemoveOnFullDisk(t *testing.T) {
+	testenv.Slow(t)
 	testenv.Root(t)
 	for _, fs := range []string{"ext4", "xfs", "btrfs", "tmpfs"} {
 		for _, with := range []string{"bytes", "names"} {

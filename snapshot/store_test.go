@@ -132,6 +132,7 @@ func TestReadOnlyFileSystem(t *testing.T) {
 // TestDamagedDatabase: whatever is overwritten in db.bolt, calls end in an
 // error, or in the truth.
 func TestDamagedDatabase(t *testing.T) {
+	testenv.Slow(t)
 	root := seedStore(t, "native")
 	whole, err := os.ReadFile(filepath.Join(root, "db.bolt"))
 	must(t, err)

@@ -38,6 +38,9 @@ func (c Config) kinds() []string {
 	if only := os.Getenv("LAYERCTL_FS"); only != "" {
 		kinds = slices.DeleteFunc(slices.Clone(kinds), func(k string) bool { return !slices.Contains(strings.Split(only, ","), k) })
 	}
+	if testing.Short() {
+		kinds = kinds[:min(1, len(kinds))]
+	}
 	return kinds
 }
 
@@ -52,7 +55,12 @@ type testCase struct {
 }
 
 // cases is the suite. A case belongs to the file of its concept.
+// With -short, what has no two goroutines in it and takes long is left out: that
+// is for runs under the race detector.
 func cases() []testCase {
+	if testing.Short() {
+		return slices.Concat(lifecycleCases, mountCases, usageCases, busyCases, parallelCases, rebaseCases, differenceCases)
+	}
 	return slices.Concat(lifecycleCases, mountCases, stackCases, usageCases, exactCases(), busyCases,
 		parallelCases, stepCases, rebaseCases, differenceCases, modelCases, powerCases)
 }
@@ -68,7 +76,7 @@ func Run(t *testing.T, c Config) {
 			f := &fsys{cfg: c, kind: kind, privileged: true, dir: testenv.FS(t, kind)}
 			letThrough(t, f.dir)
 			f.run(t)
-			if !c.RootOnly {
+			if !c.RootOnly && !testing.Short() {
 				t.Run("unprivileged", f.unprivileged)
 			}
 		})

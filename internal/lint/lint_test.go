@@ -337,6 +337,49 @@ func deps(t *testing.T, pkg string) []string {
 	return strings.Fields(string(out))
 }
 
+// shares are the imports and statements that say that goroutines share memory.
+var shares = []string{"sync", "sync/atomic", "golang.org/x/sync/errgroup"}
+
+// TestRaceListIsWhole: a package in which goroutines share memory is one that CI
+// runs under the race detector, and every name in that list is a package.
+func TestRaceListIsWhole(t *testing.T) {
+	b, err := os.ReadFile(filepath.Join(moduleRoot(t), "ci/race"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	listed := map[string]bool{}
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 1 && !strings.HasPrefix(line, "#") {
+			listed[f[0]] = false
+		}
+	}
+	for _, f := range files(t) {
+		if _, ok := listed[f.folder]; ok {
+			listed[f.folder] = true // it exists
+			continue
+		}
+		if f.test {
+			continue
+		}
+		for _, imp := range f.imports() {
+			if slices.Contains(shares, imp) {
+				t.Errorf("%s imports %s: add %s to ci/race, with what goroutines share there", f.name, imp, f.folder)
+			}
+		}
+		ast.Inspect(f.ast, func(n ast.Node) bool {
+			if g, ok := n.(*ast.GoStmt); ok {
+				t.Errorf("%s: a go statement: add %s to ci/race, with what goroutines share there", f.fset.Position(g.Pos()), f.folder)
+			}
+			return true
+		})
+	}
+	for folder, exists := range listed {
+		if !exists {
+			t.Errorf("ci/race names %s, which is no folder", folder)
+		}
+	}
+}
+
 // TestDoorsNameFoldersThatExist keeps the tables above from rotting.
 func TestDoorsNameFoldersThatExist(t *testing.T) {
 	seen := map[string]bool{}

@@ -52,6 +52,16 @@ func Optional(t testing.TB, reason string) {
 	t.Skip(reason)
 }
 
+// Slow skips a test with -short, which is how CI runs tests once more under the
+// race detector: it takes long, and no two goroutines of this process share
+// anything in it that other tests do not cover.
+func Slow(t testing.TB) {
+	t.Helper()
+	if testing.Short() {
+		Optional(t, "slow, and one goroutine's work: not with -short")
+	}
+}
+
 // Root skips the test unless it runs as root in the private mount namespace of
 // Main.
 func Root(t testing.TB) {

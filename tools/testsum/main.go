@@ -8,6 +8,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"encoding/json"
 	"flag"
 	"fmt"
@@ -32,8 +33,18 @@ type summary struct {
 	count   map[string]int      // by action: pass, fail, skip
 	output  map[string][]string // by package and test, until it ends
 	drivers map[string]int      // passed cases, by "DRIVER FS"
+	took    []took              // packages, as they ended
 	bad     bool
 }
+
+// took is how long a package's tests ran, in seconds of wall time.
+type took struct {
+	pkg     string
+	seconds float64
+}
+
+// slowest is how many packages are named in the end.
+const slowest = 8
 
 // driverLine is what drivertest prints.
 var driverLine = regexp.MustCompile(`^drivertest: (\S+) on (\S+): (\d+) passed`)
@@ -55,6 +66,7 @@ func main() {
 	if *floors != "" {
 		s.hold(*floors)
 	}
+	s.sayTook()
 	fmt.Printf("%d passed, %d failed, %d skipped\n", s.count["pass"], s.count["fail"], s.count["skip"])
 	if s.bad || s.count["fail"] > 0 || s.count["pass"] == 0 {
 		os.Exit(1)
@@ -98,7 +110,17 @@ func (s *summary) show(line string) {
 
 func (s *summary) endPackage(e event) {
 	if e.Action != "skip" { // skip: no test files
+		s.took = append(s.took, took{e.Package, e.Elapsed})
 		fmt.Printf("%s\t%s\t%.1fs\n", map[string]string{"pass": "ok", "fail": "FAIL"}[e.Action], e.Package, e.Elapsed)
+	}
+}
+
+// sayTook names the packages that took longest, which is where a run that has to
+// be shorter is made so.
+func (s *summary) sayTook() {
+	slices.SortFunc(s.took, func(a, b took) int { return cmp.Compare(b.seconds, a.seconds) })
+	for _, t := range s.took[:min(slowest, len(s.took))] {
+		fmt.Printf("took: %7.1fs %s\n", t.seconds, t.pkg)
 	}
 }
 
