@@ -114,7 +114,7 @@ func (fs *FS) openLayers(ctx context.Context) (err error) {
 }
 
 func (fs *FS) addLayer(path string, upper, data bool) error {
-	fd, err := sys.Open(path, sys.O_PATH|sys.O_DIRECTORY, 0)
+	fd, err := fs.openLayer(path, upper)
 	if err != nil {
 		return err
 	}
@@ -124,15 +124,17 @@ func (fs *FS) addLayer(path string, upper, data bool) error {
 	if data {
 		fs.data = append(fs.data, l)
 	}
-	r, err := sys.Open(path, sys.O_RDONLY|sys.O_DIRECTORY, 0)
-	if err != nil {
-		return err
-	}
-	defer r.Close()
-	if l.uuid, err = r.FSUUID(); err != nil {
+	if l.uuid, err = fd.FSUUID(); err != nil {
 		l.uuid = [16]byte{}
 	}
 	return nil
+}
+
+func (fs *FS) openLayer(path string, upper bool) (*sys.Fd, error) {
+	if upper {
+		return fs.upper.root.Dup()
+	}
+	return openLower(path)
 }
 
 // lookAtProcess finds out how files can be made.

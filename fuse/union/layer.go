@@ -13,7 +13,7 @@ import (
 type layer struct {
 	path  string
 	root  *realDir
-	fd    *sys.Fd // O_PATH; root's descriptor, which never leaves the cache's hands
+	fd    *sys.Fd // of the root, for reading
 	fsid  uint32  // which file system: 0 is the first layer's
 	index int     // in FS.layers
 	upper bool

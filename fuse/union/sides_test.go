@@ -67,6 +67,8 @@ type kernelSide struct {
 	t   testing.TB
 	dir string
 	fd  *sys.Fd
+
+	config Config
 }
 
 func mountKernel(t testing.TB, c Config) *kernelSide {
@@ -101,7 +103,7 @@ func mountKernel(t testing.TB, c Config) *kernelSide {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &kernelSide{t: t, dir: dir, fd: fd}
+	return &kernelSide{t: t, dir: dir, fd: fd, config: c}
 }
 
 func (k *kernelSide) close() {

@@ -3,6 +3,7 @@ package union
 import (
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -72,5 +73,33 @@ func TestPlainChanges(t *testing.T) {
 		say("symlink %s", errno(s.symlink("to", "e/s")))
 		say("link %s", errno(s.link("new", "e/l")))
 		say("link lower %s", errno(s.link("d/sub/y", "e/y")))
+	})
+}
+
+// A layer is what it is without the mounts on it, the union's own among them: a
+// server that looked through its own mount would ask itself.
+func TestMountsBelowALayerDoNotShow(t *testing.T) {
+	both(t, 1, Config{}, func(l []string) {
+		put(t, l[0], "d/f", "below the mount")
+	}, func(s side, say func(string, ...any)) {
+		// Both sides are open already: mounts come and go under them.
+		var lower, upper string
+		switch s := s.(type) {
+		case *kernelSide:
+			lower, upper = s.config.Lowers[0], s.config.Upper
+		case *unionSide:
+			lower, upper = s.fs.config.Lowers[0], s.fs.config.Upper
+		}
+		must(t, syscall.Mount("tmpfs", filepath.Join(lower, "d"), "tmpfs", 0, ""))
+		defer syscall.Unmount(filepath.Join(lower, "d"), 0)
+		data, err := s.read("d/f")
+		say("read %q %s", data, errno(err))
+		say("write %s", errno(s.write("d/f", 0, "BELOW")))
+		must(t, syscall.Mount("tmpfs", filepath.Join(upper, "d"), "tmpfs", 0, ""))
+		defer syscall.Unmount(filepath.Join(upper, "d"), 0)
+		say("create %s", errno(s.create("d/new", "new")))
+		data, err = s.read("d/f")
+		say("read %q %s", data, errno(err))
+		say("unlink %s", errno(s.unlink("d/f")))
 	})
 }

@@ -106,8 +106,11 @@ func TestMoreWhiteoutsThanAnInodeHasLinks(t *testing.T) {
 	many, err := sys.OpenDir(s.path("many"))
 	must(t, err)
 	defer many.Close()
+	upper, err := sys.OpenDir(s.path("upper")) // u's own is on another mount than many is
+	must(t, err)
+	defer upper.Close()
 	for i := 0; ; i++ { // fill it up
-		if err := sys.LinkBare(u.root.Int(), "first", many.Int(), "l"+strings.Repeat("x", i%5)+string(rune('a'+i%26))+strconv.Itoa(i)); err != nil {
+		if err := sys.LinkBare(upper.Int(), "first", many.Int(), "l"+strings.Repeat("x", i%5)+string(rune('a'+i%26))+strconv.Itoa(i)); err != nil {
 			if err != syscall.EMLINK || i < 1000 {
 				t.Fatal(i, err)
 			}

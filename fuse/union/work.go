@@ -70,7 +70,14 @@ func openUpper(ctx context.Context, c *Config) (*upper, error) {
 }
 
 func (u *upper) open(ctx context.Context, c *Config) (err error) {
-	if u.root, err = sys.OpenDir(c.Upper); err != nil {
+	if c.ReadOnly {
+		u.root, err = openLower(c.Upper)
+	} else if c.Work == "" {
+		return fmt.Errorf("an upper needs a workdir: %w: %w", errdefs.ErrInvalidArgument, syscall.EINVAL)
+	} else {
+		u.root, u.workdir, err = openUpperDirs(c.Upper, c.Work)
+	}
+	if err != nil {
 		return err
 	}
 	if u.uuid, err = u.root.FSUUID(); err == nil {
@@ -81,12 +88,6 @@ func (u *upper) open(ctx context.Context, c *Config) (err error) {
 	if c.ReadOnly {
 		u.xattrs = c.Xattrs.forReading()
 		return nil
-	}
-	if c.Work == "" {
-		return fmt.Errorf("an upper needs a workdir: %w: %w", errdefs.ErrInvalidArgument, syscall.EINVAL)
-	}
-	if u.workdir, err = sys.OpenDir(c.Work); err != nil {
-		return err
 	}
 	if err := u.fit(c); err != nil {
 		return err
