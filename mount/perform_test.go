@@ -575,8 +575,59 @@ func TestFUSEThroughTheMountHelper(t *testing.T) {
 	if err := Unmount(target, UnmountOptions{}); err != nil {
 		t.Error(err)
 	}
-	if _, err := Detached(t.Context(), []Mount{m}); !errdefs.IsNotImplemented(err) {
-		t.Errorf("detached: %v", err)
+}
+
+// TestServedMountIsAttachedNowhere and ends with the Tree, its server too (the leak
+// check counts processes); once attached it stays.
+func TestServedMountIsAttachedNowhere(t *testing.T) {
+	testenv.Root(t)
+	testenv.Leaks(t)
+	testenv.Program(t, "fuse-overlayfs", "fuse-overlayfs")
+	fs := testenv.FS(t, "tmpfs")
+	target := dirs(t, fs, "m")[0]
+	m := stack(t, fs, 2)
+	m.Type, m.Options = "fuse3.fuse-overlayfs", m.Options[1:]
+	for _, attach := range []bool{false, true} {
+		tree, err := Detached(t.Context(), []Mount{m})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if b, _ := os.ReadFile(tree.Path() + "/f1"); string(b) != "1" {
+			t.Errorf("f1: %q", b)
+		}
+		if attach {
+			if err := tree.Attach(target); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := tree.Close(); err != nil {
+			t.Error(err)
+		}
+		b, _ := os.ReadFile(target + "/f1")
+		if (string(b) == "1") != attach {
+			t.Errorf("attached %v: f1 is %q", attach, b)
+		}
+		if attach {
+			if err := Unmount(target, UnmountOptions{}); err != nil {
+				t.Error(err)
+			}
+			tree.server.wait()
+		}
+	}
+}
+
+// TestServerThatFailsSaysWhy: no program, and one that ends at once.
+func TestServerThatFailsSaysWhy(t *testing.T) {
+	testenv.Root(t)
+	testenv.Leaks(t)
+	testenv.Program(t, "fuse-overlayfs", "fuse-overlayfs")
+	_, err := Detached(t.Context(), []Mount{{Type: "fuse3.nosuchserver", Source: "x"}})
+	if !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "nosuchserver") {
+		t.Errorf("no program: %v", err)
+	}
+	_, err = Detached(t.Context(), []Mount{{Type: "fuse3.fuse-overlayfs", Source: "x", Options: []string{"lowerdir=/no/such/dir"}}})
+	if err == nil || !strings.Contains(err.Error(), "lowerdir") && !strings.Contains(err.Error(), "/no/such/dir") {
+		t.Errorf("a lower that is not there: %v", err)
 	}
 }
 

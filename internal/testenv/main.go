@@ -128,6 +128,12 @@ func run(m *testing.M) int {
 		return 2
 	}
 	defer cleanup()
+	if inPrivateNS() && os.Getuid() == 0 {
+		if err := openFUSE(); err != nil {
+			fmt.Fprintln(os.Stderr, "testenv: /dev/fuse for everybody:", err)
+			return 2
+		}
+	}
 	before := takeInventory()
 	code := m.Run()
 	printSkips(os.Stdout)
