@@ -154,7 +154,11 @@ func undoByPath(at *sys.Fd, target string) {
 
 // Tree is a mounted tree that is attached nowhere: only this process reaches
 // it, and it vanishes with the Tree or the process.
-type Tree struct{ root *sys.Fd }
+type Tree struct {
+	root     *sys.Fd
+	server   *served // of a FUSE file system, else nil
+	attached bool
+}
 
 // Path returns a path by which this process reaches the tree, valid until
 // Close: /proc/self/fd/N.
@@ -173,6 +177,7 @@ func (t *Tree) Attach(target string) error {
 	if err := t.root.MoveTo(at); err != nil {
 		return fmt.Errorf("mount: attach: %w", err)
 	}
+	t.attached = true
 	return nil
 }
 
@@ -182,33 +187,54 @@ func (t *Tree) Close() error {
 	if t == nil {
 		return nil
 	}
-	return t.root.Close()
+	err := t.root.Close()
+	if t.server != nil && !t.attached {
+		t.server.wait()
+	}
+	return err
 }
 
 // Detached performs the mounts as All does, attached nowhere. Mounts below the
-// first one need kernel 6.15. FUSE mount helpers need a path and cannot be
-// performed so (ErrNotImplemented).
+// first one need kernel 6.15. A FUSE file system can only be the first one, without
+// its mount helper: its server (found in PATH or beside this program) must take a
+// mountpoint /dev/fd/N, and ends with the Tree, or else with its mount.
 func Detached(ctx context.Context, ms []Mount) (*Tree, error) {
 	plans, err := parseAll(ms)
 	if err != nil {
 		return nil, err
 	}
 	for i, p := range plans {
-		if p.kind == helper || p.kind == remount || (i == 0) != (p.target == "" || p.target == "/") {
+		if p.kind == helper && i > 0 || p.kind == remount || (i == 0) != (p.target == "" || p.target == "/") {
 			return nil, p.wrap(fmt.Errorf("a %s mount at %q cannot be made unattached: %w", p.kind, p.target, errdefs.ErrNotImplemented))
 		}
 	}
-	root, err := plans[0].detached(ctx)
+	t, err := plans[0].tree(ctx)
 	if err != nil {
 		return nil, plans[0].wrap(oldKernel(err))
 	}
 	for _, p := range plans[1:] {
-		if err := p.attachDetached(ctx, root); err != nil {
-			root.Close()
+		if err := p.attachDetached(ctx, t.root); err != nil {
+			t.Close()
 			return nil, p.wrap(err)
 		}
 	}
-	return &Tree{root}, nil
+	return t, nil
+}
+
+// tree performs the first of several mounts.
+func (p *plan) tree(ctx context.Context) (*Tree, error) {
+	if p.kind == helper {
+		root, s, err := p.serve(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return &Tree{root: root, server: s}, nil
+	}
+	root, err := p.detached(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return &Tree{root: root}, nil
 }
 
 // attachDetached performs p below root, a mount that is attached nowhere.
@@ -306,7 +332,7 @@ func (p *plan) runHelper(ctx context.Context, target string) error {
 			return fmt.Errorf("%w: no %s (Debian: fuse3): %w", errdefs.ErrNotImplemented, p.helper, err)
 		}
 	}
-	out, err := helperOutput(ctx, program, args)
+	out, err := helperOutput(ctx, program, args, helperEnv(p.fstype))
 	if err != nil {
 		return fmt.Errorf("%s %s: %w: %s", p.helper, strings.Join(args, " "), err, strings.TrimSpace(out))
 	}
@@ -315,7 +341,7 @@ func (p *plan) runHelper(ctx context.Context, target string) error {
 
 // helperOutput runs the helper with its output in a file: the server that it
 // leaves behind may keep the descriptor, and a pipe would never end.
-func helperOutput(ctx context.Context, program string, args []string) (string, error) {
+func helperOutput(ctx context.Context, program string, args, env []string) (string, error) {
 	f, err := os.CreateTemp("", "mount-helper")
 	if err != nil {
 		return "", err
@@ -323,7 +349,7 @@ func helperOutput(ctx context.Context, program string, args []string) (string, e
 	defer f.Close()
 	defer os.Remove(f.Name())
 	cmd := exec.CommandContext(ctx, program, args...)
-	cmd.Stdout, cmd.Stderr = f, f
+	cmd.Stdout, cmd.Stderr, cmd.Env = f, f, env
 	if err := cmd.Run(); err != nil {
 		out, _ := os.ReadFile(f.Name())
 		if ctx.Err() != nil {
