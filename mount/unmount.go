@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -28,14 +29,24 @@ type UnmountOptions struct {
 // Unmount undoes the topmost mount at target. A target that does not exist, or
 // that nothing is mounted on, is success. A busy mount wraps
 // ErrFailedPrecondition and EBUSY and names who holds it (see Holders).
-func Unmount(target string, o UnmountOptions) error {
+//
+// The kernel does not wait for the server of a FUSE mount, which goes on for some
+// milliseconds with the layers open. Unmount does, where the mount names the layer
+// that the server holds a Claim on.
+func Unmount(target string, o UnmountOptions) (err error) {
 	flags := 0
 	if o.Lazy {
 		flags = sys.MNT_DETACH
+	} else if layer := servedLayer(target); layer != "" {
+		defer func() {
+			if err == nil {
+				waitServer(layer)
+			}
+		}()
 	}
 	end := time.Now().Add(o.Wait)
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
-		err := sys.Umount(target, flags)
+		err = sys.Umount(target, flags)
 		switch {
 		case errors.Is(err, syscall.EBUSY) && time.Now().Before(end):
 			time.Sleep(pause)
@@ -49,6 +60,42 @@ func Unmount(target string, o UnmountOptions) error {
 		}
 		return withSentinel("mount: unmount", err)
 	}
+}
+
+// servedLayer returns the directory that the FUSE mount at target names as its
+// source; "" if there is none.
+func servedLayer(target string) string {
+	infos, err := List()
+	if err != nil {
+		return ""
+	}
+	layer := ""
+	for _, i := range infos { // a later one covers an earlier one
+		if i.Target == target {
+			layer = ""
+			if strings.HasPrefix(i.Type, "fuse.") && strings.HasPrefix(i.Source, "/") {
+				layer = i.Source
+			}
+		}
+	}
+	return layer
+}
+
+// waitServer waits until nobody has a layer locked, for a while: the server may
+// serve another mount of the same file system.
+func waitServer(layer string) {
+	dir, err := sys.OpenDir(layer)
+	if err != nil {
+		return
+	}
+	defer dir.Close()
+	_ = poll(context.Background(), goneWait, func() (bool, error) {
+		lock, err := dir.TryLock(sys.LockShared)
+		if err == nil {
+			lock.Close()
+		}
+		return !sys.IsLocked(err), err
+	})
 }
 
 // isMountpoint reports whether target is the root of a mount. It says yes where

@@ -72,7 +72,9 @@ func life(k *kit, base, r drivers.Ref, dir string) error {
 		return err
 	}
 	err = os.WriteFile(dir+"/own", []byte(r.ID.String()), 0o644)
-	if err := errors.Join(err, os.Remove(dir+"/d7/f"), mount.Unmount(dir, mount.UnmountOptions{})); err != nil {
+	// A process that another goroutine is just starting has our descriptors until its exec.
+	gone := mount.UnmountOptions{Wait: 10 * time.Second}
+	if err := errors.Join(err, os.Remove(dir+"/d7/f"), mount.Unmount(dir, gone)); err != nil {
 		return err
 	}
 	if _, err := d.Commit(ctx, r, drivers.CommitOptions{Volatile: r.ID%2 == 0}); err != nil {

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/faults"
@@ -105,7 +106,7 @@ func (k *kit) dropDisk(dir, image string) {
 	if k.driver != nil {
 		k.check(k.driver.Close())
 	}
-	k.check(sys.Umount(dir, 0))
+	k.check(mount.Unmount(dir, mount.UnmountOptions{Wait: 10 * time.Second})) // a server may just be going away
 	k.check(os.Remove(image))
 }
 

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -32,20 +33,33 @@ func (l *Layers) refuseMounted(ctx context.Context, id drivers.ID) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if err := l.refuseServed(id); err != nil {
+	if err := l.refuseServed(ctx, id); err != nil {
 		return err
 	}
 	return l.refuseUpper(id)
 }
 
-// refuseServed refuses a layer whose directory somebody has locked.
-func (l *Layers) refuseServed(id drivers.ID) error {
+// serverGone bounds the wait for a server whose mount is gone already: it ends
+// within milliseconds, on a loaded machine later.
+const serverGone = 2 * time.Second
+
+// refuseServed refuses a layer whose directory somebody has locked, and keeps
+// locked.
+func (l *Layers) refuseServed(ctx context.Context, id drivers.ID) error {
 	fs, err := sys.OpenDir(l.Dir(id))
 	if err != nil {
 		return nil // half-made
 	}
 	defer fs.Close()
 	lock, err := fs.TryLock(sys.LockExclusive)
+	for end := time.Now().Add(serverGone); sys.IsLocked(err) && time.Now().Before(end); {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+		lock, err = fs.TryLock(sys.LockExclusive)
+	}
 	if sys.IsLocked(err) {
 		return fmt.Errorf("is locked: a server shows it, or somebody is mounting it: unmount it first: %w: %w", errdefs.ErrFailedPrecondition, syscall.EBUSY)
 	}

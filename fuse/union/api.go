@@ -7,7 +7,7 @@ import (
 // Caller is who asks: what new files belong to, and whose umask applies where
 // no default ACL does. Permission checks are the kernel's (default_permissions).
 type Caller struct {
-	UID, GID uint32 // as the layers store them, after Config's id maps
+	UID, GID uint32 // as they are shown; see Config.IDMap
 	PID      uint32 // 0: unknown
 	Umask    uint32
 }

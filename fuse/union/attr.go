@@ -35,10 +35,11 @@ func (fs *FS) Getattr(n *Node, f *File) (a Attr, err error) {
 // show turns what the real object's attributes are into what is shown.
 func (fs *FS) show(n *Node, st *sys.Stat, a *Attr) {
 	*a = Attr{
-		Ino: n.ino.Load(), Size: st.Size, Blocks: st.Blocks, Mode: st.Mode, Nlink: st.Nlink, UID: st.UID, GID: st.GID,
+		Ino: n.ino.Load(), Size: st.Size, Blocks: st.Blocks, Mode: st.Mode, Nlink: st.Nlink,
 		RdevMajor: st.RdevMajor, RdevMinor: st.RdevMinor, Blksize: st.Blksize,
 		Atime: st.Atime, Mtime: st.Mtime, Ctime: st.Ctime, Btime: st.Btime, Flags: st.Attributes & shownFlags,
 	}
+	a.UID, a.GID = fs.owners.shown(st.UID, st.GID)
 	switch {
 	case n.isDir() && (fs.config.StaticNlink || n.merged()):
 		a.Nlink = 1
@@ -83,6 +84,9 @@ func (fs *FS) Setattr(c Caller, n *Node, f *File, s SetAttr) (Attr, error) {
 	if err := fs.writable(); err != nil {
 		return Attr{}, err
 	}
+	if err := fs.storedOwner(&s); err != nil {
+		return Attr{}, err
+	}
 	what := copyMeta
 	if s.Valid&SetSize != 0 {
 		if n.typ == sys.S_IFDIR {
@@ -103,6 +107,23 @@ func (fs *FS) Setattr(c Caller, n *Node, f *File, s SetAttr) (Attr, error) {
 		return Attr{}, err
 	}
 	return fs.Getattr(n, f)
+}
+
+// storedOwner turns the owner in s into what the upper stores.
+func (fs *FS) storedOwner(s *SetAttr) error {
+	if s.Valid&(SetUID|SetGID) == 0 || fs.owners.plain {
+		return nil
+	}
+	uid, gid := s.UID, s.GID
+	if s.Valid&SetUID == 0 {
+		uid, _ = fs.owners.shown(0, 0) // not used, but it has to have a place
+	}
+	if s.Valid&SetGID == 0 {
+		_, gid = fs.owners.shown(0, 0)
+	}
+	c, err := fs.owners.host(Caller{UID: uid, GID: gid})
+	s.UID, s.GID = c.UID, c.GID
+	return err
 }
 
 // setattr applies s to the upper; n.change is held.

@@ -65,6 +65,11 @@ func (fs *FS) newFile(n *Node, fd, flags int) *File {
 
 // create makes something at name in dir.
 func (fs *FS) create(c Caller, dir *Node, name string, o *newObject) (e Entry, fd int, err error) {
+	if o.link == nil {
+		if c, err = fs.owners.host(c); err != nil {
+			return Entry{}, -1, err
+		}
+	}
 	if err := fs.mayMake(dir, name); err != nil {
 		return Entry{}, -1, err
 	}

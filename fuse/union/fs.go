@@ -18,6 +18,7 @@ import (
 // Errors wrap the syscall.Errno that the caller of the system call gets.
 type FS struct {
 	config  Config
+	owners  owners
 	layers  []*layer
 	data    []*layer // of layers: those that have data alone
 	upper   *upper   // nil: read-only
@@ -63,7 +64,7 @@ func Open(ctx context.Context, c Config) (_ *FS, err error) {
 	if c.Upper != "" && c.Work == "" {
 		return nil, fmt.Errorf("union: upper %s without work: %w", c.Upper, syscall.EINVAL)
 	}
-	fs := &FS{config: c, table: newTable(), copies: map[nameKey]*Node{}, seed: maphash.MakeSeed()}
+	fs := &FS{config: c, owners: newOwners(&c), table: newTable(), copies: map[nameKey]*Node{}, seed: maphash.MakeSeed()}
 	defer func() {
 		if err != nil {
 			fs.Close()

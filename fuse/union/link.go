@@ -68,6 +68,10 @@ func (fs *FS) linked(n, dir *Node, name string) {
 
 // Tmpfile makes a file without a name in dir (O_TMPFILE).
 func (fs *FS) Tmpfile(c Caller, dir *Node, flags, mode uint32) (Entry, *File, error) {
+	c, err := fs.owners.host(c)
+	if err != nil {
+		return Entry{}, nil, err
+	}
 	if err := fs.mayMake(dir, ""); err != nil {
 		return Entry{}, nil, err
 	}

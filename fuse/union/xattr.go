@@ -36,6 +36,9 @@ func (fs *FS) Getxattr(n *Node, attr string, dest []byte) (size int, err error) 
 		size, err = sys.GetxattrBare(p.fd, p.name, disk, dest)
 		return err
 	})
+	if err == nil && isACL(attr) {
+		fs.owners.showACL(dest[:min(size, len(dest))])
+	}
 	return size, err
 }
 
@@ -105,6 +108,11 @@ func (fs *FS) Setxattr(c Caller, n *Node, attr string, value []byte, flags uint3
 	}
 	if attr == xattrACLDefault && !n.isDir() {
 		return syscall.EACCES
+	}
+	if isACL(attr) {
+		if value, err = fs.owners.hostACL(value); err != nil {
+			return err
+		}
 	}
 	if err := fs.copyUp(n, copyMeta); err != nil {
 		return err
