@@ -18,6 +18,7 @@ import (
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/native"
+	"github.com/layerctl/layerctl/fuse"
 	"github.com/layerctl/layerctl/overlay"
 	"github.com/layerctl/layerctl/snapshot"
 )
@@ -26,6 +27,7 @@ import (
 func Drivers() *drivers.Registry {
 	return drivers.NewRegistry(
 		overlay.Factory(),
+		fuse.Factory(),
 		native.Factory(),
 	)
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/native"
+	"github.com/layerctl/layerctl/fuse"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/mount"
 	"github.com/layerctl/layerctl/overlay"
@@ -24,11 +25,11 @@ func TestMain(m *testing.M) {
 	if job := os.Getenv("SNAPSHOT_TEST_JOB"); job != "" {
 		os.Exit(runJob(job))
 	}
-	testenv.Main(m)
+	testenv.Main(m, testenv.FUSEServer)
 }
 
 func registry() *drivers.Registry {
-	return drivers.NewRegistry(overlay.Factory(), native.Factory())
+	return drivers.NewRegistry(overlay.Factory(), fuse.Factory(), native.Factory())
 }
 
 // logs collects what a store says.

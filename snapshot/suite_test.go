@@ -22,6 +22,7 @@ func TestContainerdSuite(t *testing.T) {
 		{"native", "native", nil},
 		{"overlayfs", "overlay", nil},
 		{"overlay-redirect", "overlay", map[string]string{"redirect_dir": "on"}},
+		{"fuse", "fuse", nil},
 	} {
 		if testing.Short() && c.name != "overlayfs" {
 			continue // its goroutines are the same

@@ -24,7 +24,7 @@ func TestMain(m *testing.M) {
 	if filepath.Base(os.Args[0]) == "layerctl" {
 		os.Exit(run(os.Args[1:]))
 	}
-	testenv.Main(m)
+	testenv.Main(m, testenv.FUSEServer)
 }
 
 // ordinaryID is a user that this machine need not know.

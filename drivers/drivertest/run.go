@@ -45,8 +45,15 @@ func (c Config) kinds() []string {
 }
 
 // Main is the body of the driver package's TestMain: a private mount namespace,
-// and a check that nothing is left in the end. It does not return.
-func Main(m *testing.M) { testenv.Main(m) }
+// and a check that nothing is left in the end. Each setup runs once before, with a
+// directory of its own use that is removed in the end. It does not return.
+func Main(m *testing.M, setups ...func(dir string) error) {
+	var all []testenv.Setup
+	for _, s := range setups {
+		all = append(all, s)
+	}
+	testenv.Main(m, all...)
+}
 
 // testCase is one named test; it gets a driver opened on an empty root.
 type testCase struct {

@@ -1,7 +1,9 @@
 package testenv
 
 import (
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 
 	"github.com/layerctl/layerctl/internal/sys"
@@ -34,4 +36,18 @@ func openFUSE() error {
 		return err
 	}
 	return sys.Mount(dir+"/fuse", device, "", sys.MS_BIND, "")
+}
+
+// FUSEServer is a Setup: it builds fuse-layerfs and puts it first in PATH.
+func FUSEServer(dir string) error {
+	bin := filepath.Join(dir, "bin")
+	if err := os.Mkdir(bin, 0o755); err != nil {
+		return err
+	}
+	cmd := exec.Command("go", "build", "-o", bin+"/", "github.com/layerctl/layerctl/cmd/fuse-layerfs")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("go build fuse-layerfs: %w\n%s", err, out)
+	}
+	return os.Setenv("PATH", bin+":"+os.Getenv("PATH"))
 }

@@ -55,12 +55,26 @@ const (
 // cannot be ended.
 func init() { runtime.LockOSThread() }
 
-// Main is the body of TestMain. It does not return.
-func Main(m *testing.M) {
+// Setup prepares something for all tests of a package and for the processes that
+// they start, in dir, which is removed in the end; it may change the environment.
+type Setup func(dir string) error
+
+// Main is the body of TestMain: it runs the setups once, then the tests. It does
+// not return.
+func Main(m *testing.M, setups ...Setup) {
 	if os.Getuid() == 0 && !inPrivateNS() {
-		os.Exit(rerun())
+		os.Exit(rerun(setups))
 	}
-	os.Exit(run(m))
+	os.Exit(run(m, setups))
+}
+
+func setUp(setups []Setup, dir string) error {
+	for _, s := range setups {
+		if err := s(dir); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func mountNS() string {
@@ -76,7 +90,7 @@ func inPrivateNS() bool {
 // rerun runs this test binary in a private mount namespace and returns its exit
 // code. A whole new process, because a mount namespace belongs to a thread and a
 // Go program does not choose its threads.
-func rerun() int {
+func rerun(setups []Setup) int {
 	runtime.LockOSThread() // Pdeathsig is about the thread, not the process
 	scratch, cleanup, err := makeScratch()
 	if err != nil {
@@ -84,6 +98,10 @@ func rerun() int {
 		return 2
 	}
 	defer cleanup()
+	if err := setUp(setups, scratch); err != nil {
+		fmt.Fprintln(os.Stderr, "testenv:", err)
+		return 2
+	}
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
@@ -115,7 +133,7 @@ func passSignals(p *os.Process) (stop func()) {
 }
 
 // run runs the tests here and returns the exit code.
-func run(m *testing.M) int {
+func run(m *testing.M, setups []Setup) int {
 	if inPrivateNS() && os.Getuid() == 0 {
 		if err := sys.Mount("", "/", "", sys.MS_REC|sys.MS_PRIVATE, ""); err != nil {
 			fmt.Fprintln(os.Stderr, "testenv:", err)
@@ -128,6 +146,12 @@ func run(m *testing.M) int {
 		return 2
 	}
 	defer cleanup()
+	if !inPrivateNS() {
+		if err := setUp(setups, scratch); err != nil {
+			fmt.Fprintln(os.Stderr, "testenv:", err)
+			return 2
+		}
+	}
 	if inPrivateNS() && os.Getuid() == 0 {
 		if err := openFUSE(); err != nil {
 			fmt.Fprintln(os.Stderr, "testenv: /dev/fuse for everybody:", err)
