@@ -74,7 +74,7 @@ func (u *union) capabilities(f *features) drivers.Capabilities {
 		IDMap:      true,
 		Reflink:    f.has(featReflink),
 		UsageBytes: true, UsageInodes: true,
-		MaxParents: upper.MaxLowers, ExternalParents: upper.MaxLowers, // a helper has no page to keep to
+		MaxParents: upper.MaxLowers, // others mount as many: a helper has no page of options to keep to
 		BreaksHardLinks: true,
 		DirRenameEXDEV:  u.opts.redirect != "on",
 		SharedWriter:    true,
