@@ -48,6 +48,7 @@ func Open(ctx context.Context, c drivers.Config) (*Driver, error) {
 	l, err := upper.Open(upper.Config{
 		Root: root, Union: u, Capabilities: u.capabilities(&f),
 		NoQuota:   f.detail(featQuota),
+		NoIDMap:   "owners would be shown by ids that this user namespace does not have",
 		Xattrs:    f.xattrs(),
 		Volatile:  opts.volatile,
 		StoredIDs: true,
@@ -71,10 +72,10 @@ func (u *union) capabilities(f *features) drivers.Capabilities {
 	c := drivers.Capabilities{
 		Driver: driverName, Diff: true, Apply: true, Rebase: true,
 		Quota:      f.has(featQuota),
-		IDMap:      true,
+		IDMap:      !f.userns, // the kernel shows owners that the user namespace has; a map leads elsewhere
 		Reflink:    f.has(featReflink),
 		UsageBytes: true, UsageInodes: true,
-		MaxParents: upper.MaxLowers, // others mount as many: a helper has no page of options to keep to
+		MaxParents:      upper.MaxLowers, // others mount as many: a helper has no page of options to keep to
 		BreaksHardLinks: true,
 		DirRenameEXDEV:  u.opts.redirect != "on",
 		SharedWriter:    true,

@@ -234,7 +234,13 @@ func (s *Server) write(r *request) (int, fuse.Status) {
 	if len(data) < int(in.Size) {
 		return 0, fuse.EIO
 	}
-	n, err := f.WriteAt(data[:in.Size], int64(in.Offset), in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0)
+	var n int
+	var err error
+	if s.writeback && in.WriteFlags&fuse.WRITE_CACHE != 0 {
+		n, err = f.WriteBack(data[:in.Size], int64(in.Offset))
+	} else {
+		n, err = f.WriteAt(data[:in.Size], int64(in.Offset), in.WriteFlags&fuse.WRITE_KILL_SUIDGID != 0)
+	}
 	if err != nil && n == 0 {
 		return 0, status(err)
 	}

@@ -209,6 +209,27 @@ func (f *File) WriteAt(p []byte, off int64, killPriv bool) (int, error) {
 	return done, nil
 }
 
+// WriteBack writes what a cache above collected (FUSE's writeback cache), which
+// keeps the file's mtime, too, and sends that by itself: the one on disk stays, else
+// the write would bring a later one.
+func (f *File) WriteBack(p []byte, off int64) (int, error) {
+	o, err := f.writeFd()
+	if err != nil {
+		return 0, err
+	}
+	var st sys.Stat
+	if err := sys.StatBare(o.fd, "", &st); err != nil {
+		return 0, err
+	}
+	n, err := f.WriteAt(p, off, false)
+	if n > 0 {
+		if err := sys.UtimesBare(o.fd, "", sys.TimeOmit, st.Mtime); err != nil {
+			return 0, err
+		}
+	}
+	return n, err
+}
+
 // writeFd is the upper's descriptor, of a file that was opened for writing.
 func (f *File) writeFd() (*openFd, error) {
 	o, err := f.current()
