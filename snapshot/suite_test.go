@@ -22,7 +22,7 @@ func TestContainerdSuite(t *testing.T) {
 		{"native", "native", nil},
 		{"overlayfs", "overlay", nil},
 		{"overlay-redirect", "overlay", map[string]string{"redirect_dir": "on"}},
-		{"fuse", "fuse", nil},
+		{"fuse-redirect", "fuse", map[string]string{"redirect_dir": "on"}}, // the suite renames a directory
 	} {
 		if testing.Short() && c.name != "overlayfs" {
 			continue // its goroutines are the same
