@@ -12,7 +12,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 
-	"github.com/layerctl/layerctl"
 	"github.com/layerctl/layerctl/internal/userns"
 )
 
@@ -36,11 +35,7 @@ func (a *app) enterNamespaces(c userns.Command) error {
 
 // noMounts refuses a mount where nothing can make one for an ordinary user.
 func noMounts(err error) error {
-	fuse := "this build has no FUSE driver"
-	if _, lerr := layerctl.Drivers().Lookup("fuse"); lerr == nil {
-		fuse = "see the fuse driver in `layerctl info`"
-	}
-	return hintf(fmt.Errorf("mount: neither user namespaces nor FUSE work here: %w; FUSE: %s", err, fuse),
+	return hintf(fmt.Errorf("mount: neither user namespaces nor FUSE work here: %w; FUSE: see the fuse driver in `layerctl info`", err),
 		"allow user namespaces, or run as root")
 }
 
