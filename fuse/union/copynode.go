@@ -10,9 +10,7 @@ import (
 // copyUp makes sure that a node is in the upper, its parents first, with its
 // data unless what says that they are not needed.
 func (fs *FS) copyUp(n *Node, what copyWhat) error {
-	if what == copyMeta && (!fs.config.Metacopy || n.typ != sys.S_IFREG) {
-		what = copyAll
-	}
+	what = fs.needs(n, what)
 	if n.has(inUpper) {
 		if what == copyMeta || !n.has(isMetacopy) {
 			return nil
@@ -44,8 +42,17 @@ func (fs *FS) copyUpLocked(parent, n *Node, what copyWhat) error {
 	return fs.copyUpAt(parent, n.name, n, what)
 }
 
+// needs is how much is copied of what could do with metadata alone.
+func (fs *FS) needs(n *Node, what copyWhat) copyWhat {
+	if what == copyMeta && (!fs.config.Metacopy || n.typ != sys.S_IFREG) {
+		return copyAll
+	}
+	return what
+}
+
 // copyUpAt copies n up at one of its names.
 func (fs *FS) copyUpAt(parent *Node, name string, n *Node, what copyWhat) error {
+	what = fs.needs(n, what)
 	if n.has(inUpper) {
 		if what != copyMeta {
 			return fs.fillIn(n)

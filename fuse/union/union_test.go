@@ -103,3 +103,16 @@ func TestMountsBelowALayerDoNotShow(t *testing.T) {
 		say("unlink %s", errno(s.unlink("d/f")))
 	})
 }
+
+// With index=on and metacopy=off, removing one name of a lower file with several made a metacopy file, which nothing may read then: the copy-up for the sake
+// of the name did not ask whether metadata alone may be copied.
+func TestIndexedNameMadeAMetacopyFileWithMetacopyOff(t *testing.T) {
+	both(t, 1, Config{Index: true}, func(l []string) {
+		put(t, l[0], "one", "several names")
+		must(t, os.Link(filepath.Join(l[0], "one"), filepath.Join(l[0], "two")))
+		must(t, os.Link(filepath.Join(l[0], "one"), filepath.Join(l[0], "three")))
+	}, func(s side, say func(string, ...any)) {
+		say("unlink %s", errno(s.unlink("two")))
+		say("rename %s", errno(s.rename("one", "four", 0)))
+	})
+}
