@@ -2,6 +2,7 @@ package server
 
 import (
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -295,9 +296,32 @@ func (s *Server) dropSetID(h *fuse.InHeader, nodeid uint64, f *union.File) error
 	if err != nil || a.Mode&setID == 0 || mayKeepSetID(h.Pid) {
 		return err
 	}
-	_, err = s.union.Setattr(s.caller(h, 0), n, f, union.SetAttr{KillPriv: true})
+	a, err = s.union.Setattr(s.caller(h, 0), n, f, union.SetAttr{KillPriv: true})
+	// Without execution by the group setgid stays, for those in the group.
+	if err == nil && a.Mode&syscall.S_ISGID != 0 && !inGroup(h.Pid, a.GID) {
+		_, err = s.union.Setattr(s.caller(h, 0), n, f, union.SetAttr{Valid: union.SetMode, Mode: a.Mode &^ setID})
+	}
 	s.notifyAttr(n.ID())
 	return err
+}
+
+// inGroup reports whether a process is in a group; not if there is no telling. The
+// header of a request that makes nothing says no ids where mounts may map them.
+func inGroup(pid, gid uint32) bool {
+	b, err := os.ReadFile("/proc/" + strconv.FormatUint(uint64(pid), 10) + "/status")
+	if pid == 0 || err != nil {
+		return false
+	}
+	var groups []string
+	for line := range strings.Lines(string(b)) {
+		switch key, value, _ := strings.Cut(line, ":"); key {
+		case "Gid": // real, effective, saved, for file systems
+			groups = append(groups, strings.Fields(value)[3:]...)
+		case "Groups":
+			groups = append(groups, strings.Fields(value)...)
+		}
+	}
+	return slices.Contains(groups, strconv.FormatUint(uint64(gid), 10))
 }
 
 // mayKeepSetID reports whether a process has CAP_FSETID in the first user

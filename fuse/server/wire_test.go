@@ -372,6 +372,22 @@ func TestSetIDsAreSeenToGo(t *testing.T) {
 	}
 }
 
+// fallocate by somebody who is not in the group takes setgid away where the group
+// may not execute, too.
+func TestFallocateTakesSetIDsAway(t *testing.T) {
+	m := serveFiles(t, policyA)
+	must(t, os.WriteFile(m.path("f"), []byte("upper"), 0o666))
+	for gid, want := range map[int]uint16{0: 0o666, 1000: 0o2666} {
+		must(t, os.Chown(m.path("f"), 0, gid))
+		must(t, unix.Chmod(m.path("f"), 0o6666))
+		asUser(t, 1000, "fallocate -l 100000 "+m.path("f"))
+		if mode := statx(t, m.path("f"), unix.STATX_MODE).Mode & 0o7777; mode != want {
+			t.Errorf("group %d: mode %o, not %o", gid, mode, want)
+		}
+		must(t, os.Truncate(m.path("f"), 0))
+	}
+}
+
 // statx asks for what mask names, and no more: the kernel answers from its cache
 // what it can.
 func statx(t testing.TB, path string, mask int) (st unix.Statx_t) {

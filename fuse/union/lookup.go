@@ -121,6 +121,7 @@ func (fs *FS) find(dir *Node, name string, f *found, from int) error {
 	if dir.has(isDead) {
 		return syscall.ENOENT
 	}
+	// An absolute redirect goes on from the roots, whatever dir merges with.
 	if len(dir.dir.lowers) > 0 || d.absolute() {
 		if from < 0 {
 			from = d.start(dir)

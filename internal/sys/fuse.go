@@ -3,6 +3,7 @@ package sys
 import (
 	"fmt"
 	"os"
+	"runtime"
 	"syscall"
 	"unsafe"
 
@@ -52,9 +53,10 @@ func (f *Fd) FuseClone(session *Fd) error {
 // (FUSE_DEV_IOC_BACKING_OPEN): EPERM without CAP_SYS_ADMIN in the first user
 // namespace, ELOOP for a file system that is stacked too high. The kernel reads and
 // writes the file with the credentials that are registered with it: they are
-// without CAP_FSETID, so that a write takes setuid and setgid bits away. The
-// goroutine must be locked to its thread.
+// without CAP_FSETID, so that a write takes setuid and setgid bits away.
 func (f *Fd) BackingOpen(n int) (id int32, err error) {
+	runtime.LockOSThread() // capabilities are a thread's
+	defer runtime.UnlockOSThread()
 	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var caps [2]unix.CapUserData
 	if err := unix.Capget(&hdr, &caps[0]); err != nil {
