@@ -213,11 +213,12 @@ func (u *unpacker) stampOverridden(s spot, fd *sys.Fd, it *item) error {
 	if err := u.setXattrs(s, t, it.xattrs); err != nil {
 		return err
 	}
-	mode := e.Mode&0o777 | 0o600
-	if e.Type == TypeDir {
-		mode |= 0o100
+	if s.d.gid != u.gid { // it got its directory's group
+		if err := fd.Chown("", u.uid, u.gid); err != nil {
+			return err
+		}
 	}
-	if err := fd.Chmod(mode); err != nil {
+	if err := fd.Chmod(HiddenMode(e.Mode, e.Type == TypeDir)); err != nil {
 		return err
 	}
 	return u.setTime(s, t, e)
@@ -236,5 +237,5 @@ func formatOverride(e *Entry) string {
 	case TypeChar:
 		typ = fmt.Sprintf("char-%d-%d", e.Major, e.Minor)
 	}
-	return fmt.Sprintf("%d:%d:%04o:%s", e.UID, e.GID, e.Mode, typ)
+	return FormatOverride(e.UID, e.GID, e.Mode, typ)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"reflect"
 	"strings"
 	"syscall"
@@ -200,4 +201,68 @@ func TestApplyInUserNamespace(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkOverridden(t, dir, want)
+}
+
+// TestChangeOfAnOverriddenFileIsSeen: the owner and mode of a file that are kept
+// in an xattr give way, field by field, to what somebody sets on the file itself;
+// what nobody touched stays as it was, whatever bits the file may not have.
+func TestChangeOfAnOverriddenFileIsSeen(t *testing.T) {
+	dir := userDir(t, "overridden")
+	if dir == "" {
+		asUser(t, ordinaryUser())
+		return
+	}
+	archive := newTar()
+	for _, name := range []string{"same", "touched", "mode", "locked", "back"} {
+		addEntry(archive, &Entry{Path: name, Type: TypeReg, Mode: 0o4755, UID: 7, GID: 8})
+	}
+	addEntry(archive, &Entry{Path: "dir", Type: TypeDir, Mode: 0o1111, UID: 7, GID: 8})
+	addEntry(archive, &Entry{Path: "dir/unreadable", Type: TypeReg, Mode: 0o000, UID: 7, GID: 8})
+	o := ApplyOptions{Volatile: true, OverrideStat: true, Skipped: func(p, why string) { t.Errorf("%s: %s", p, why) }}
+	if err := Apply(t.Context(), dir, bytes.NewReader(archive.bytes()), o); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name string
+		mode uint32
+	}{{"mode", 0o750}, {"locked", 0o400}, {"back", 0o700}, {"back", 0o755}, {"dir/unreadable", 0o644}, {"dir", 0o755}} {
+		if err := os.Chmod(filepath.Join(dir, c.name), os.FileMode(c.mode)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	must := func(err error) {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(os.WriteFile(filepath.Join(dir, "touched"), []byte("x"), 0))
+	fd, err := sys.OpenDir(dir)
+	must(err)
+	defer fd.Close()
+	for name, want := range map[string]uint32{
+		"same": 0o4755, "touched": 0o4755, "mode": 0o750, "locked": 0o400, "back": 0o4755, "dir": 0o755, "dir/unreadable": 0o644,
+	} {
+		e, err := ReadEntryOptions(fd, name, ReadOptions{OverrideStat: true})
+		if err != nil || e.Mode != want || e.UID != 7 || e.GID != 8 {
+			t.Errorf("%s: %04o %d:%d, not %04o 7:8 (%v)", name, e.Mode, e.UID, e.GID, want, err)
+		}
+	}
+}
+
+// TestOverrideGivesWayToAChown, which only ids that the process may set show.
+func TestOverrideGivesWayToAChown(t *testing.T) {
+	own := uint32(os.Geteuid())
+	xattr := func() map[string]string { return map[string]string{overrideXattr: FormatOverride(7, 8, 0o640, "file")} }
+	for _, c := range []struct{ real, want Entry }{
+		{Entry{UID: own, GID: own, Mode: 0o640}, Entry{UID: 7, GID: 8, Mode: 0o640}},
+		{Entry{UID: 1000, GID: own, Mode: 0o640}, Entry{UID: 1000, GID: 8, Mode: 0o640}},
+		{Entry{UID: own, GID: 1000, Mode: 0o644}, Entry{UID: 7, GID: 1000, Mode: 0o644}},
+	} {
+		e := c.real
+		e.Type, e.Xattrs = TypeReg, xattr()
+		c.want.Type = TypeReg
+		if err := applyOverride(&e); err != nil || !reflect.DeepEqual(e, c.want) {
+			t.Errorf("%+v: %+v, not %+v (%v)", c.real, e, c.want, err)
+		}
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"os"
 	"path"
 	"slices"
 	"strconv"
@@ -114,7 +115,39 @@ func readXattrs(dir *sys.Fd, name string) (map[string]string, error) {
 // could not set: "UID:GID:MODE" or "UID:GID:MODE:TYPE", MODE in octal, TYPE one
 // of file, dir, symlink, pipe, socket, block-MAJOR-MINOR, char-MAJOR-MINOR, as
 // fuse-overlayfs and containers/storage write it.
+//
+// A MODE of six digits, which all of them read, says that the file itself got
+// HiddenMode of it and the process's own ids. What the file has else was set
+// later, by somebody who sees the file as it is, and counts: a chmod or chown of
+// such a file is a change like any other. With fewer digits the xattr counts.
 const overrideXattr = "user.containers.override_stat"
+
+const overrideDigits = 6
+
+// FormatOverride is the value of user.containers.override_stat for a file of
+// this owner and mode that is given HiddenMode(mode, dir) and the process's own
+// ids; typ is "file" or "dir", or what a regular file stands for.
+func FormatOverride(uid, gid, mode uint32, typ string) string {
+	return fmt.Sprintf("%d:%d:%0*o:%s", uid, gid, overrideDigits, mode, typ)
+}
+
+// HiddenMode is the mode that a file gets whose real one is in the xattr: its
+// owner can work with it, and no bit gives anybody else that owner's rights.
+func HiddenMode(mode uint32, dir bool) uint32 {
+	if dir {
+		return mode&0o777 | 0o700
+	}
+	return mode&0o777 | 0o600
+}
+
+// stored is what the xattr says of an id, unless the file's own was changed
+// since: real is that, own what files of this process have.
+func stored(xattr uint64, real uint32, own int) uint32 {
+	if real == uint32(own) {
+		return uint32(xattr)
+	}
+	return real
+}
 
 // applyOverride puts the stored owner, mode and type into e and hides the xattr.
 func applyOverride(e *Entry) error {
@@ -136,7 +169,14 @@ func applyOverride(e *Entry) error {
 	if errors.Join(err1, err2, err3) != nil {
 		return bad
 	}
-	e.UID, e.GID, e.Mode = uint32(uid), uint32(gid), uint32(mode)&0o7777
+	mode &= 0o7777
+	if len(f[2]) == overrideDigits {
+		uid, gid = uint64(stored(uid, e.UID, os.Geteuid())), uint64(stored(gid, e.GID, os.Getegid()))
+		if e.Mode != HiddenMode(uint32(mode), e.Type == TypeDir) {
+			mode = uint64(e.Mode)
+		}
+	}
+	e.UID, e.GID, e.Mode = uint32(uid), uint32(gid), uint32(mode)
 	if len(f) == 4 && !overrideType(e, f[3]) {
 		return bad
 	}

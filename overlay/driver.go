@@ -111,7 +111,7 @@ func (k *kernel) capabilities(f *features) drivers.Capabilities {
 		LinksSettle:     !f.has(featLinks),
 	}
 	if k.opts.userxattr {
-		c.Lost = []string{"device nodes", "owners outside the user namespace (kept in user.containers.override_stat, where a later chmod or chown is not seen)", "trusted.* xattrs"}
+		c.Lost = []string{"device nodes", "owners outside the user namespace (kept in user.containers.override_stat; mounts show the own ones)", "trusted.* xattrs"}
 	}
 	return c
 }

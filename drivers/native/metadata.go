@@ -8,10 +8,11 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/layer"
 )
 
 // overrideXattr keeps the owner and mode that an unprivileged process may not
-// set, as containers/storage and fuse-overlayfs spell it: uid:gid:mode.
+// set; see layer.FormatOverride.
 const overrideXattr = "user.containers.override_stat"
 
 // metadata gives a copy the owner, xattrs, mode and times of its source, in the
@@ -20,45 +21,53 @@ const overrideXattr = "user.containers.override_stat"
 // change of any of them would move ctime only. An ACL and the mode agree in the
 // source, so that setting both is setting each. name "" is the descriptor itself.
 func (c *copier) metadata(src *sys.Fd, from string, dst *sys.Fd, to string, st *sys.Stat) error {
-	if err := c.owner(src, from, dst, to, st); err != nil {
+	mode, err := c.owner(src, from, dst, to, st)
+	if err != nil {
 		return err
 	}
 	if err := copyXattrs(src, from, dst, to); err != nil {
 		return err
 	}
-	if err := chmod(dst, to, st); err != nil {
+	if err := chmod(dst, to, st, mode); err != nil {
 		return err
 	}
 	return dst.Utimes(to, st.Atime, st.Mtime)
 }
 
-func chmod(dst *sys.Fd, to string, st *sys.Stat) error {
+func chmod(dst *sys.Fd, to string, st *sys.Stat, mode uint32) error {
 	switch {
 	case st.Type() == sys.S_IFLNK:
 		return nil
 	case to == "":
-		return dst.Chmod(st.Mode & 0o7777)
+		return dst.Chmod(mode)
 	default:
-		return dst.ChmodAt(to, st.Mode&0o7777)
+		return dst.ChmodAt(to, mode)
 	}
 }
 
 // owner sets uid and gid; where this process may not, it keeps them in
-// overrideXattr, unless the source has that already.
-func (c *copier) owner(src *sys.Fd, from string, dst *sys.Fd, to string, st *sys.Stat) error {
-	err := dst.Chown(to, st.UID, st.GID)
+// overrideXattr, unless the source has that already. It returns the mode that the
+// copy is to have.
+func (c *copier) owner(src *sys.Fd, from string, dst *sys.Fd, to string, st *sys.Stat) (mode uint32, err error) {
+	mode = st.Mode & 0o7777
+	err = dst.Chown(to, st.UID, st.GID)
 	refused := errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EINVAL)
 	if !refused || !c.keepsStat {
-		return err
+		return mode, err
 	}
 	c.overridden.Add(1)
 	if !st.IsReg() && !st.IsDir() { // user.* xattrs exist only there
-		return nil
+		return mode, nil
 	}
 	if _, has := src.Getxattr(from, overrideXattr); has == nil {
-		return nil
+		return mode, nil
 	}
-	return dst.Setxattr(to, overrideXattr, fmt.Sprintf("%d:%d:0%o", st.UID, st.GID, st.Mode&0o7777))
+	typ := "file"
+	if st.IsDir() {
+		typ = "dir"
+	}
+	err = dst.Setxattr(to, overrideXattr, layer.FormatOverride(st.UID, st.GID, mode, typ))
+	return layer.HiddenMode(mode, st.IsDir()), err
 }
 
 func copyXattrs(src *sys.Fd, from string, dst *sys.Fd, to string) error {

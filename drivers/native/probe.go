@@ -31,7 +31,7 @@ const (
 
 // losses is what is lost where a feature is missing.
 var losses = []struct{ feature, lost string }{
-	{owners, "owners outside the user namespace (kept in " + overrideXattr + ", where a later chmod or chown is not seen)"},
+	{owners, "owners outside the user namespace (kept in " + overrideXattr + "; mounts show the own ones)"},
 	{devices, "device nodes"},
 	{trusted, "trusted.* xattrs"},
 	{filecaps, "file capabilities"},
