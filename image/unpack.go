@@ -58,6 +58,11 @@ type UnpackOptions struct {
 	Apply layer.ApplyOptions
 	// Labels are set on every snapshot that is committed, besides the above.
 	Labels map[string]string
+	// Share are other views of the same store. A layer that was unpacked to one of
+	// them by Unpack is not unpacked again: its snapshot gets one more name, and
+	// the bytes are shared (snapshot.View.Adopt). The view that is unpacked to must
+	// be a *snapshot.View then.
+	Share []*snapshot.View
 	// Progress, if not nil, is told of each layer, in bytes of its blob.
 	Progress Progress
 }
@@ -99,6 +104,12 @@ func (s *Store) unpack(ctx context.Context, view Snapshots, img Image, o UnpackO
 	for i, done := 0, false; i < len(m.Layers); i++ {
 		if done, err = isCommitted(ctx, view, m.Layers[i].ChainID.String()); err != nil {
 			return u, err
+		}
+		if !done {
+			done, err = share(ctx, view, m.Layers[i], o)
+		}
+		if err != nil {
+			return u, fmt.Errorf("layer %d of %d: %w", i+1, len(m.Layers), err)
 		}
 		if !done {
 			if err := s.unpackLayer(ctx, view, m.Layers, i, o); err != nil {
@@ -144,6 +155,31 @@ func sweep(ctx context.Context, view Snapshots) (int, error) {
 		}
 	}
 	return len(keys), nil
+}
+
+// share adopts a layer from one of o.Share, if it was unpacked there; by the same
+// driver, and on a parent that is shared as well, or else it is none.
+func share(ctx context.Context, view Snapshots, l Layer, o UnpackOptions) (bool, error) {
+	v, ok := view.(*snapshot.View)
+	if !ok {
+		return false, nil
+	}
+	name := l.ChainID.String()
+	for _, from := range o.Share {
+		i, err := from.Stat(ctx, name)
+		if err == nil && i.Kind == snapshots.KindCommitted && i.Labels[LabelDiffID] == l.DiffID.String() {
+			err = v.Adopt(ctx, name, from, name, layerLabels(l, o.Labels))
+		} else if err == nil {
+			continue // not Unpack's
+		}
+		switch {
+		case err == nil, errdefs.IsAlreadyExists(err): // another was faster
+			return isCommitted(ctx, view, name)
+		case !errdefs.IsNotFound(err) && !errdefs.IsInvalidArgument(err):
+			return false, err
+		}
+	}
+	return false, nil
 }
 
 // isCommitted reports whether a snapshot of that name is there and committed.

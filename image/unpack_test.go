@@ -107,6 +107,37 @@ func TestUnpackShares(t *testing.T) {
 	}
 }
 
+// TestUnpackSharesWithAnotherView: layers unpacked to one view get names in
+// another, and the bytes stay one; a layer there that Unpack did not make is not
+// taken for one.
+func TestUnpackSharesWithAnotherView(t *testing.T) {
+	s := newStore(t)
+	img, _ := loadStd(t, s)
+	root := testenv.Scratch(t)
+	first := openView(t, root, "native")
+	u := unpack(t, s, first, img)
+	second, err := first.Store().View("second", "native")
+	if err != nil {
+		t.Fatal(err)
+	}
+	shared, err := s.Unpack(t.Context(), second, img, image.UnpackOptions{Share: []*snapshot.View{first}})
+	if err != nil || shared.New != 0 || shared.ChainID != u.ChainID {
+		t.Fatalf("%+v %v", shared, err)
+	}
+	a, aerr := first.Record(t.Context(), u.ChainID.String())
+	b, berr := second.Record(t.Context(), u.ChainID.String())
+	if aerr != nil || berr != nil || a.ID != b.ID || b.Labels[image.LabelDiffID] != a.Labels[image.LabelDiffID] {
+		t.Errorf("%+v %v, %+v %v", a, aerr, b, berr)
+	}
+	other, err := first.Store().View("other", "overlay")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if o, err := s.Unpack(t.Context(), other, img, image.UnpackOptions{Share: []*snapshot.View{first}}); err != nil || o.New != u.Layers {
+		t.Errorf("by another driver: %+v %v", o, err)
+	}
+}
+
 // TestUnpackRefuses: a layer that is not what the config or the manifest says
 // leaves no snapshot, and those below it whole.
 func TestUnpackRefuses(t *testing.T) {
