@@ -103,5 +103,6 @@ func ExampleDrivers() {
 	}
 	// Output:
 	// overlay
+	// fuse
 	// native
 }
