@@ -64,6 +64,9 @@ func Open(ctx context.Context, c Config) (_ *FS, err error) {
 	if c.Upper != "" && c.Work == "" {
 		return nil, fmt.Errorf("union: upper %s without work: %w", c.Upper, syscall.EINVAL)
 	}
+	if c.Permissions != PermissionsInode {
+		return nil, fmt.Errorf("union: xattr_permissions=%d: owners and modes in xattrs are not implemented: %w", c.Permissions, syscall.EOPNOTSUPP)
+	}
 	fs := &FS{config: c, owners: newOwners(&c), table: newTable(), copies: map[nameKey]*Node{}, seed: maphash.MakeSeed()}
 	defer func() {
 		if err != nil {

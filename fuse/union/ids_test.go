@@ -97,3 +97,11 @@ func TestMappedOwnersOnDisk(t *testing.T) {
 		}
 	}
 }
+
+// TestPermissionsInXattrsAreRefused, and not passed over in silence.
+func TestPermissionsInXattrsAreRefused(t *testing.T) {
+	fs, err := Open(t.Context(), Config{Lowers: []string{t.TempDir()}, Permissions: PermissionsContainers})
+	if !errors.Is(err, syscall.EOPNOTSUPP) || !strings.Contains(err.Error(), "xattr_permissions=2") {
+		t.Errorf("%v, %v", fs, err)
+	}
+}
