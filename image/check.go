@@ -19,8 +19,8 @@ type CheckOptions struct {
 	// Platform is what must be whole of an image of several platforms; "" is
 	// this machine's.
 	Platform string
-	// Repair removes rotten blobs, so that loading the image again brings them
-	// back; a rotten blob that is there would be taken for the right one.
+	// Repair removes rotten blobs, so that nothing takes them for the right ones;
+	// loading the image again brings those back.
 	Repair bool
 	// Progress, if not nil, is told of the reading.
 	Progress Progress

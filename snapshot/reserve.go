@@ -16,7 +16,8 @@ import (
 // who has db.bolt open touches it. It is made again when there is room.
 const (
 	reserveFile = "db.reserve"
-	// reserveSize is enough for some ten transactions of the largest batch.
+	// reserveSize is far more than the pages that one removal writes, which are
+	// tried one by one then, and nothing beside the smallest file systems.
 	reserveSize = 4 << 20
 )
 
