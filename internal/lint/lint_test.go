@@ -38,6 +38,8 @@ var level = map[string]int{
 	"drivers/native":     4,
 	"drivers/upper":      4,
 	"overlay":            5, // above drivers/upper, which it has in common with other union drivers
+	"btrfs/ioctl":        2,
+	"btrfs/send":         1,
 	"fuse":               5, // the driver; it starts the server as a program, and imports neither server nor union
 	"fuse/union":         4,
 	"fuse/uniontest":     4,

@@ -1,0 +1,115 @@
+package ioctl
+
+import (
+	"syscall"
+
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// Requests of include/uapi/linux/btrfs.h.
+const (
+	BTRFS_IOC_QUOTA_CTL         = 0xc0109428 // _IOWR 40, struct btrfs_ioctl_quota_ctl_args
+	BTRFS_IOC_QGROUP_CREATE     = 0x4010942a // _IOW 42, struct btrfs_ioctl_qgroup_create_args
+	BTRFS_IOC_QGROUP_LIMIT      = 0x8030942b // _IOR 43, struct btrfs_ioctl_qgroup_limit_args
+	BTRFS_IOC_QUOTA_RESCAN_WAIT = 0x942e     // _IO 46
+
+	BTRFS_QUOTA_CTL_ENABLE              = 1
+	BTRFS_QUOTA_CTL_DISABLE             = 2
+	BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA = 4 // Linux 6.7
+
+	BTRFS_QGROUP_LIMIT_MAX_EXCL = 1 << 1
+
+	BTRFS_QGROUP_STATUS_FLAG_SIMPLE_MODE = 1 << 3
+)
+
+// QuotaMode is how a file system counts what subvolumes use.
+type QuotaMode int
+
+// The modes.
+const (
+	QuotaOff    QuotaMode = iota
+	QuotaFull             // qgroups: exclusive and shared, by back references
+	QuotaSimple           // simple quotas: to whoever wrote it
+)
+
+func (m QuotaMode) String() string { return [...]string{"off", "qgroups", "simple quotas"}[m] }
+
+// SetQuota switches accounting of the whole file system.
+func SetQuota(fd *sys.Fd, m QuotaMode) error {
+	b := make([]byte, 16) // u64 cmd, u64 status
+	le.PutUint64(b, [...]uint64{BTRFS_QUOTA_CTL_DISABLE, BTRFS_QUOTA_CTL_ENABLE, BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA}[m])
+	return fd.Ioctl("BTRFS_IOC_QUOTA_CTL", BTRFS_IOC_QUOTA_CTL, b)
+}
+
+// WaitQuota waits for the scan that counts what was there before.
+func WaitQuota(fd *sys.Fd) error {
+	return fd.Ioctl("BTRFS_IOC_QUOTA_RESCAN_WAIT", BTRFS_IOC_QUOTA_RESCAN_WAIT, nil)
+}
+
+// Quota tells the mode, by the quota tree's status item.
+func Quota(fd *sys.Fd) (QuotaMode, error) {
+	key := Key{Type: BTRFS_QGROUP_STATUS_KEY}
+	for i, err := range Search(fd, Query{Tree: BTRFS_QUOTA_TREE_OBJECTID, Min: key, Max: key}) {
+		if isErrno(err, syscall.ENOENT) {
+			return QuotaOff, nil
+		}
+		if err != nil {
+			return QuotaOff, err
+		}
+		// struct btrfs_qgroup_status_item: u64 version, generation, flags, rescan
+		if len(i.Data) < 32 {
+			return QuotaOff, short("btrfs_qgroup_status_item", i.Data)
+		}
+		if le.Uint64(i.Data[16:])&BTRFS_QGROUP_STATUS_FLAG_SIMPLE_MODE != 0 {
+			return QuotaSimple, nil
+		}
+		return QuotaFull, nil
+	}
+	return QuotaOff, nil
+}
+
+// LimitExclusive bounds what the subvolume fd alone may use; 0 lifts the limit.
+// ENOTCONN while quota is off.
+func LimitExclusive(subvol *sys.Fd, bytes uint64) error {
+	return subvol.Ioctl("BTRFS_IOC_QGROUP_LIMIT", BTRFS_IOC_QGROUP_LIMIT, limitArgs(bytes))
+}
+
+// limitArgs is struct btrfs_ioctl_qgroup_limit_args: u64 qgroupid (0: that of the
+// subvolume), then u64 flags, max_rfer, max_excl, rsv_rfer, rsv_excl.
+func limitArgs(bytes uint64) []byte {
+	b := make([]byte, 48)
+	le.PutUint64(b[8:], BTRFS_QGROUP_LIMIT_MAX_EXCL)
+	if bytes == 0 {
+		bytes = ^uint64(0) // CLEAR_VALUE
+	}
+	le.PutUint64(b[24:], bytes)
+	return b
+}
+
+// QgroupUsage is what a subvolume's qgroup counts.
+type QgroupUsage struct{ Referenced, Exclusive uint64 }
+
+// Qgroup reads what the qgroup of a subvolume counted when the last transaction
+// was committed. ENOENT if there is none.
+func Qgroup(fd *sys.Fd, subvol uint64) (QgroupUsage, error) {
+	key := Key{Type: BTRFS_QGROUP_INFO_KEY, Offset: subvol}
+	for i, err := range Search(fd, Query{Tree: BTRFS_QUOTA_TREE_OBJECTID, Min: key, Max: key}) {
+		if err != nil {
+			return QgroupUsage{}, err
+		}
+		// struct btrfs_qgroup_info_item: u64 generation, rfer, rfer_cmpr, excl, excl_cmpr
+		if len(i.Data) < 40 {
+			return QgroupUsage{}, short("btrfs_qgroup_info_item", i.Data)
+		}
+		return QgroupUsage{Referenced: le.Uint64(i.Data[8:]), Exclusive: le.Uint64(i.Data[24:])}, nil
+	}
+	return QgroupUsage{}, syscall.ENOENT
+}
+
+// DestroyQgroup drops the qgroup of a subvolume that is gone. EBUSY while the
+// subvolume's blocks are not free yet.
+func DestroyQgroup(fd *sys.Fd, subvol uint64) error {
+	b := make([]byte, 16) // u64 create, u64 qgroupid
+	le.PutUint64(b[8:], subvol)
+	return fd.Ioctl("BTRFS_IOC_QGROUP_CREATE", BTRFS_IOC_QGROUP_CREATE, b)
+}
