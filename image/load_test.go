@@ -437,7 +437,7 @@ func TestUnpackOntoFullDisk(t *testing.T) {
 	testenv.Root(t)
 	s := newStore(t)
 	img, _ := loadStd(t, s)
-	root := testenv.FS(t, "tmpfs", testenv.Size(8<<20))
+	root := testenv.FS(t, "tmpfs", testenv.Size(12<<20)) // 4 of it are the store's reserve
 	v := openView(t, root+"/store", "overlay")
 	ballast := root + "/ballast"
 	if err := os.WriteFile(ballast, make([]byte, 7<<20), 0o644); err != nil {
