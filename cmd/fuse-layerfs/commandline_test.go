@@ -65,6 +65,7 @@ func TestCommandLineErrors(t *testing.T) {
 		"-x /m":                           "unknown argument -x",
 		"-o lowerdir /m":                  "needs a value",
 		"-o lowerdir=a::: /m":             "without a name",
+		"-o lowerdir=a::d:b /m":           "plain layer behind",
 		"-o lowerdir=:a /m":               "without a name",
 		"-o lowerdir=a: /m":               "without a name",
 		"-o lowerdir=//stargz/x /m":       "plugins",

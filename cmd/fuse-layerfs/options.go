@@ -187,9 +187,12 @@ func (o *options) setLowers(v string) error {
 			if strings.HasPrefix(name, "//") {
 				return fmt.Errorf("%s: plugins that fetch layers cannot be loaded", name)
 			}
-			if data {
+			switch {
+			case again:
 				o.union.DataLowers = append(o.union.DataLowers, name)
-			} else {
+			case data:
+				return fmt.Errorf("%s: a plain layer behind a data-only one", name)
+			default:
 				o.union.Lowers = append(o.union.Lowers, name)
 			}
 			again = false

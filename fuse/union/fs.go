@@ -90,6 +90,9 @@ func Open(ctx context.Context, c Config) (_ *FS, err error) {
 
 func (fs *FS) openLayers(ctx context.Context) (err error) {
 	c := &fs.config
+	if err := refuseOverlap(c); err != nil {
+		return err
+	}
 	if c.Upper != "" {
 		if fs.upper, err = openUpper(ctx, c); err != nil {
 			return err

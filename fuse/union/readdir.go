@@ -102,31 +102,43 @@ func (d *Dir) Read(off uint64, add func(DirEntry) bool) error {
 		e := DirEntry{Name: string(i.name), Ino: i.ino, Type: i.typ, Next: i.next}
 		if e.Ino == 0 || e.Type == 0 {
 			var f found
-			if err := d.fs.find(d.node, e.Name, &f, -1); err != nil {
+			switch err := d.fs.find(d.node, e.Name, &f, -1); {
+			case err == nil:
+				e.Ino, e.Type = d.fs.inoOf(&f), f.st.Type()
+			case broken(err):
+				e.Ino = max(e.Ino, 1) // with 0 it would not be seen
+			default:
 				return true, gone(err)
 			}
-			e.Ino, e.Type = d.fs.inoOf(&f), f.st.Type()
 		}
 		return add(e), nil
 	})
 }
 
-// gone is nil for an error that says that a name is not there any more, or that
-// what it leads to cannot be shown: it is left out.
+// gone is nil for an error that says that a name is not there any more.
 func gone(err error) error {
-	switch err {
-	case syscall.ENOENT, syscall.ESTALE, syscall.EIO, syscall.EPERM:
+	if err == syscall.ENOENT || err == syscall.ESTALE {
 		return nil
 	}
 	return err
 }
 
+// broken reports whether an error says that a name is there, though what it leads
+// to cannot be shown: data that a metacopy file lacks, a redirect that is nonsense.
+// The kernel lists it all the same: a directory with it is not empty.
+func broken(err error) bool {
+	return err == syscall.EIO || err == syscall.EPERM || err == syscall.EINVAL || err == syscall.ELOOP
+}
+
 // ReadPlus is Read with the node behind each name, with a reference for the
-// caller if add returns true.
+// caller if add returns true; no node where what the name leads to is broken.
 func (d *Dir) ReadPlus(off uint64, add func(DirEntry, Entry) bool) error {
 	return d.walk(off, func(i *dirItem) (bool, error) {
 		name := string(i.name)
 		e, err := d.fs.lookup(d.node, name, i.lower, false)
+		if broken(err) {
+			return add(DirEntry{Name: name, Ino: max(i.ino, 1), Type: i.typ, Next: i.next}, Entry{}), nil
+		}
 		if err != nil {
 			return true, gone(err)
 		}

@@ -354,10 +354,10 @@ var attrCases = map[string]func(*Kit){
 	},
 	"xattrs as large as the upper takes": func(k *Kit) {
 		k.union(file("f", "x"))
-		k.ok(os.WriteFile(k.u("probe"), nil, 0o600))
-		defer os.Remove(k.u("probe"))
+		probe := k.dir + "/probe" // on the upper's file system
+		k.ok(os.WriteFile(probe, nil, 0o600))
 		for _, n := range []int{4000, 16_000, 60_000, 65_536} {
-			want := setxattr(k.u("probe"), "user.big", strings.Repeat("v", n))
+			want := setxattr(probe, "user.big", strings.Repeat("v", n))
 			got := setxattr(k.p("f"), "user.big", strings.Repeat("v", n))
 			k.that(got == want, "%d bytes: %v, the upper's file system says %v", n, got, want)
 			if want == nil {

@@ -56,6 +56,22 @@ func (k *Kit) alike(content string, f func(*os.File) error) {
 	}
 }
 
+// shifts is alike for what a subject may refuse.
+func (k *Kit) shifts(content string, f func(*os.File) error) {
+	k.Helper()
+	if k.reader.differs(NoShift) != "" || k.differs(NoShift) {
+		k.unlike = "one of the two cannot"
+	}
+	if !k.differs(NoShift) {
+		k.alike(content, f)
+		return
+	}
+	k.union(file("low", content))
+	o := k.open("low", unix.O_RDWR)
+	k.is(unix.EOPNOTSUPP, f(o))
+	k.readsFile(o, content)
+}
+
 func sameErrno(a, b error) bool {
 	var x, y syscall.Errno
 	errors.As(a, &x)
@@ -83,12 +99,12 @@ var ioCases = map[string]func(*Kit){
 		})
 	},
 	"fallocate COLLAPSE_RANGE": func(k *Kit) {
-		k.alike(string(treegen.Content(3, eight)), func(f *os.File) error {
+		k.shifts(string(treegen.Content(3, eight)), func(f *os.File) error {
 			return unix.Fallocate(fd(f), unix.FALLOC_FL_COLLAPSE_RANGE, 4096, 8192)
 		})
 	},
 	"fallocate INSERT_RANGE": func(k *Kit) {
-		k.alike(string(treegen.Content(4, eight)), func(f *os.File) error {
+		k.shifts(string(treegen.Content(4, eight)), func(f *os.File) error {
 			return unix.Fallocate(fd(f), unix.FALLOC_FL_INSERT_RANGE, 4096, 8192)
 		})
 	},
@@ -121,6 +137,7 @@ var ioCases = map[string]func(*Kit){
 		content, err := os.ReadFile(k.p("f"))
 		k.ok(err)
 		equal(k, "lines", strings.Count(string(content), "\n"), 401)
+		k.unlike = "the order of lines is chance"
 		k.size("f", int64(6+400*8))
 	},
 	"O_APPEND writes at the end wherever it is told to": func(k *Kit) {
@@ -467,6 +484,13 @@ var ioCases = map[string]func(*Kit){
 		const immutable, appendOnly = 0x10, 0x20
 		flags, err := unix.IoctlGetInt(fd(f), unix.FS_IOC_GETFLAGS)
 		k.ok(err)
+		if k.differs(NoGuards) {
+			for _, guard := range []int{immutable, appendOnly} {
+				k.is(unix.EOPNOTSUPP, unix.IoctlSetPointerInt(fd(f), unix.FS_IOC_SETFLAGS, flags|guard))
+			}
+			k.unlike = k.actor.differs(NoGuards)
+			return
+		}
 		k.ok(unix.IoctlSetPointerInt(fd(f), unix.FS_IOC_SETFLAGS, flags|immutable))
 		defer func() { _ = unix.IoctlSetPointerInt(fd(k.reopen("f")), unix.FS_IOC_SETFLAGS, flags) }()
 		_, err = k.tryOpen("f", unix.O_WRONLY)

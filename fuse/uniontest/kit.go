@@ -37,9 +37,11 @@ type Kit struct {
 	files   []*os.File // opened by the case
 	tmpfses []string   // mounted for the case
 
-	unread   string // why the reader is not asked
-	unlike   string // why the two uppers are not compared
-	noLowers bool   // the case changes lowers itself
+	unread string // why the reader is not asked
+	unlike string // why the two uppers are not compared
+	// unrepaired: an upper was made by hand, and a subject does not repair it.
+	unrepaired bool
+	noLowers   bool // the case changes lowers itself
 }
 
 // newKit makes the directories of a case.
@@ -99,7 +101,11 @@ func (k *Kit) datalower(changes ...change) {
 }
 
 // upper makes the upper by hand, as an earlier mount would have left it.
-func (k *Kit) upper(changes ...change) { k.Helper(); k.ok(build(k.spec.Upper, k.ov(""), changes)) }
+func (k *Kit) upper(changes ...change) {
+	k.Helper()
+	k.ok(build(k.spec.Upper, k.ov(""), changes))
+	k.unrepaired = k.differs(NoRepair) || k.reader.differs(NoRepair) != ""
+}
 
 // readOnly leaves upper and workdir out.
 func (k *Kit) readOnly() { k.spec.Upper, k.spec.Work = "", "" }
@@ -113,12 +119,25 @@ func (k *Kit) full() Spec {
 	s.Options = nil
 	for _, d := range defaults {
 		key, _, _ := strings.Cut(d, "=")
-		if k.spec.option(key) == "" && (key != "redirect_dir" && key != "metacopy" || k.spec.option("userxattr") == "") {
+		if key == "redirect_dir" && k.spec.option("userxattr") != "" {
+			d = "redirect_dir=nofollow" // what the kernel takes with userxattr
+		}
+		if k.spec.option(key) == "" {
 			s.Options = append(s.Options, d)
 		}
 	}
 	s.Options = append(s.Options, k.spec.Options...)
 	return s
+}
+
+// unlikeBy leaves the comparison of the two uppers out where either subject has a
+// difference.
+func (k *Kit) unlikeBy(d Difference) {
+	for _, s := range []*Subject{k.actor, k.reader} {
+		if why := s.differs(d); why != "" {
+			k.unlike = why
+		}
+	}
 }
 
 // union builds a usual union: changes of one lower, then mount.

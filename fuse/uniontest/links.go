@@ -39,6 +39,7 @@ var linkCases = withIndex(map[string]func(*Kit){
 		k.nlink("new", 2)
 	},
 	"on: copy-up keeps the link": func(k *Kit) {
+		k.unlikeBy(LinksLater)
 		k.options("index=on")
 		k.union(three())
 		k.appendTo("a", "!")
@@ -51,6 +52,7 @@ var linkCases = withIndex(map[string]func(*Kit){
 		equal(k, "inode", k.inode("a"), k.inode("d/c"))
 	},
 	"on: over remount": func(k *Kit) {
+		k.unlikeBy(LinksLater)
 		k.options("index=on")
 		k.union(three())
 		k.chmod("b", 0o600)
@@ -91,6 +93,7 @@ var linkCases = withIndex(map[string]func(*Kit){
 		k.present("a", "d/c")
 	},
 	"on: new links": func(k *Kit) {
+		k.unlikeBy(LinksLater)
 		k.options("index=on")
 		k.union(three())
 		k.hardlink("a", "new")
@@ -103,6 +106,7 @@ var linkCases = withIndex(map[string]func(*Kit){
 		k.reads("a", "content!")
 	},
 	"on: an open file of another name": func(k *Kit) {
+		k.unlikeBy(LinksLater)
 		k.options("index=on")
 		k.union(three())
 		f := k.open("b", unix.O_RDONLY)
@@ -155,6 +159,7 @@ var linkCases = withIndex(map[string]func(*Kit){
 		equal(k, "entries of the index", len(k.namesAt(k.spec.Work+"/index")), 0)
 	},
 	"on: the index has one entry a group": func(k *Kit) {
+		k.unlikeBy(LinksLater)
 		k.options("index=on")
 		k.union(three(), file("p", "two"), link("p", "q"))
 		k.chmod("a", 0o600)
@@ -168,6 +173,7 @@ var linkCases = withIndex(map[string]func(*Kit){
 		equal(k, "entries of the index", len(k.namesAt(k.spec.Work+"/index")), 1)
 	},
 	"on: metacopy of a linked file": func(k *Kit) {
+		k.unlikeBy(LinksLater)
 		k.options("index=on", "metacopy=on", "redirect_dir=on")
 		k.union(three())
 		k.chmod("a", 0o600)
@@ -177,6 +183,7 @@ var linkCases = withIndex(map[string]func(*Kit){
 		k.reads("a", "content!")
 	},
 	"many links": func(k *Kit) {
+		k.unlikeBy(LinksLater)
 		k.options("index=on")
 		names := numbered("n", 200)
 		k.union(file("f", "x"), each(names, func(n string) change { return link("f", n) }))

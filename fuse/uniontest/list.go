@@ -23,7 +23,7 @@ type listing struct {
 	// ctimes shows change times, too.
 	ctimes bool
 	// comparable leaves out what two equal trees in two places may differ in:
-	// sizes of directories, file handles in overlay xattrs.
+	// links of directories, file handles in overlay xattrs.
 	comparable bool
 }
 
@@ -96,7 +96,7 @@ func (r *lister) describe(d *sys.Fd, name, path string, st *sys.Stat) string {
 	if !st.IsDir() && links || st.IsDir() && !r.comparable {
 		fmt.Fprintf(&b, " n=%d", st.Nlink)
 	}
-	if !st.IsDir() || !r.comparable {
+	if !st.IsDir() { // a directory's size is about how it was made
 		fmt.Fprintf(&b, " size=%d", st.Size)
 	}
 	b.WriteString(" m=" + r.time(st.Mtime))
@@ -143,7 +143,7 @@ var handles = []string{"origin", "upper"}
 
 // identity is what the kernel writes to the root of a new upper for statfs's
 // f_fsid (uuid=auto); it says nothing about the tree, and FUSE has no f_fsid.
-const identity = "trusted.overlay.uuid"
+var identity = []string{"trusted.overlay.uuid", "user.overlay.uuid"}
 
 func (r *lister) xattrs(d *sys.Fd, name string) string {
 	names, err := d.Listxattr(name)
@@ -157,7 +157,7 @@ func (r *lister) xattrs(d *sys.Fd, name string) string {
 		if errors.Is(err, syscall.ENODATA) { // a name whose value a security module keeps to itself
 			continue
 		}
-		if n == identity && r.comparable {
+		if slices.Contains(identity, n) && r.comparable {
 			continue
 		}
 		_, own, ok := strings.Cut(n, "overlay.")

@@ -1,6 +1,7 @@
 package uniontest
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -163,20 +164,15 @@ var mountCases = map[string]func(*Kit){
 		k.mount()
 		_ = k.statAt(k.spec.Work + "/mine")
 	},
-	"an upper in use with index=on": func(k *Kit) {
+	"an upper or workdir in use with index=on": func(k *Kit) {
 		k.options("index=on")
 		k.union(file("a", "1"))
-		k.busy(func(s *Spec) { s.Work = k.mkdir("w2") })
+		k.busy(func(s *Spec) { s.Work = k.mkdir("w2") }, func(s *Spec) { s.Upper = k.mkdir("u2") }, func(*Spec) {})
 	},
-	"a workdir in use with index=on": func(k *Kit) {
-		k.options("index=on")
-		k.union(file("a", "1"))
-		k.busy(func(s *Spec) { s.Upper = k.mkdir("u2") })
-	},
-	"an upper in use with index=off": func(k *Kit) {
+	"an upper or workdir in use with index=off": func(k *Kit) {
 		k.union(file("a", "1"))
 		if k.differs(InUseRefused) {
-			k.busy(func(*Spec) {})
+			k.busy(func(s *Spec) { s.Work = k.mkdir("w2") }, func(s *Spec) { s.Upper = k.mkdir("u2") }, func(*Spec) {})
 		}
 	},
 	"an upper free again is mounted at once": func(k *Kit) {
@@ -364,20 +360,28 @@ func (k *Kit) isReadOnly() {
 	k.is(unix.EROFS, err)
 }
 
-// busy says that a second mount of the same layers, changed by f, is refused.
-func (k *Kit) busy(f func(*Spec)) {
+// busy says that a second mount of the same layers, changed by each of changes,
+// is refused. All are tried at once: a server may wait some seconds for another
+// that is just going away.
+func (k *Kit) busy(changes ...func(*Spec)) {
 	k.Helper()
-	s := k.full()
-	f(&s)
-	at := k.mkdir("m2")
-	m, err := k.actor.Mount(k.Context(), s, at)
-	if err == nil {
-		k.Error("the second mount was made")
-		_ = m.Unmount()
-		return
+	errs := make(chan error, len(changes))
+	for i, change := range changes {
+		s := k.full()
+		change(&s)
+		at := k.mkdir(fmt.Sprintf("busy%d", i))
+		go func() {
+			m, err := k.actor.Mount(k.Context(), s, at)
+			if err == nil {
+				err = errors.Join(errors.New("the second mount was made"), m.Unmount())
+			} else if !k.actor.Kernel || errors.Is(err, unix.EBUSY) {
+				err = nil
+			}
+			errs <- err
+		}()
 	}
-	if k.actor.Kernel {
-		k.is(unix.EBUSY, err)
+	for range changes {
+		k.ok(<-errs)
 	}
 	k.reads("a", "1")
 }

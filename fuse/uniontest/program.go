@@ -21,8 +21,15 @@ import (
 func Program(path string, options ...string) *Subject {
 	p := program{path: path, options: options}
 	return &Subject{Name: "program", Mount: p.mount, Differences: map[Difference]string{
-		NoClone:      "FUSE has no such operation",
-		InUseRefused: "two servers on one upper corrupt it, so the second is refused whatever index says",
+		NoClone:        "FUSE has no such operation",
+		NoShift:        "the kernel's FUSE refuses them itself (fs/fuse/file.c: fuse_file_fallocate)",
+		NoGuards:       "the VFS enforces them by flags of the inode, which FUSE cannot set",
+		KeepsTimes:     "opening a file is no change of it; the kernel's mtime is that of its copying",
+		LinksLater:     "FUSE says which inode is opened, not by which name",
+		NoRepair:       "a lookup writes nothing; inode numbers are the same without",
+		UserRedirects:  "a directory of a lower could not be renamed otherwise by who is not root",
+		StrayWhiteouts: "so the kernel's documentation has it; the kernel itself lists such a file and does not find it",
+		InUseRefused:   "two servers on one upper corrupt it, so the second is refused whatever index says",
 	}}
 }
 
@@ -81,6 +88,8 @@ func (p program) mount(ctx context.Context, s Spec, target string) (Mounted, err
 		m.err = m.cmd.Wait()
 		close(m.ended)
 	}()
+	late := time.AfterFunc(patience, func() { m.Kill() }) // a stat of the target may hang with the server
+	defer late.Stop()
 	return m, m.waitMounted(ctx, before)
 }
 

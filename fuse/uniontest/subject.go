@@ -51,6 +51,9 @@ type Subject struct {
 	// Differences are what the subject does otherwise than the kernel, each with
 	// its reason.
 	Differences map[Difference]string
+	// Defects are cases that fail, by FS/GROUP/CASE as subtests are named, each
+	// with what is wrong. They are left out and counted.
+	Defects map[string]string
 }
 
 // Mounted is one mounted union.
@@ -69,17 +72,29 @@ type Difference string
 const (
 	// NoClone: FICLONE and FICLONERANGE answer EOPNOTSUPP, or ENOTTY.
 	NoClone Difference = "FICLONE"
-	// NoFileFlags: no ioctl for inode flags and attributes.
-	NoFileFlags Difference = "FS_IOC_GETFLAGS"
+	// NoShift: FALLOC_FL_COLLAPSE_RANGE and FALLOC_FL_INSERT_RANGE answer
+	// EOPNOTSUPP.
+	NoShift Difference = "fallocate that shifts"
+	// NoGuards: the inode flags immutable and append-only cannot be set:
+	// EOPNOTSUPP.
+	NoGuards Difference = "immutable"
 	// InUseRefused: an upper or workdir in use by another mount is refused with
 	// index=off, too, where the kernel only warns.
-	InUseRefused Difference = "in-use"
-	// NoHandles: name_to_handle_at works without nfs_export=on.
-	HandlesAlways Difference = "handles"
-	// MountEarly: options that the kernel refuses are ignored with a warning.
-	UnknownIgnored Difference = "unknown options"
-	// MmapStale: a shared mapping made before copy-up keeps the old content.
-	MmapStale Difference = "mmap"
+	InUseRefused Difference = "in use"
+	// KeepsTimes: the first open for writing of a metacopy file, which brings its
+	// data, leaves its mtime.
+	KeepsTimes Difference = "times of metacopy files"
+	// LinksLater: with index=on, changing a file by one of its names puts that name
+	// into the upper only if it is the first of them, or is unlinked or renamed.
+	LinksLater Difference = "names of indexed files"
+	// NoRepair: an upper directory made by hand that lacks xattr origin does not
+	// get it by being looked at.
+	NoRepair Difference = "missing origins"
+	// UserRedirects: redirects and metacopy work with userxattr.
+	UserRedirects Difference = "userxattr"
+	// StrayWhiteouts: a file with xattr whiteout in a directory that is not marked
+	// for such is a file like any other.
+	StrayWhiteouts Difference = "stray whiteouts"
 )
 
 // differs returns the reason for a difference, "" if the subject has it not.
