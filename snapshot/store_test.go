@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/native"
 	"github.com/layerctl/layerctl/internal/faults"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/snapshot"
@@ -218,14 +219,14 @@ func TestDefaultDriver(t *testing.T) {
 	}
 	all, err := s.Drivers(t.Context())
 	must(t, err)
-	if len(all) != 2 || all[0].Name != "overlay" || all[0].Layers != 1 || !all[1].Default {
+	if len(all) != 3 || all[0].Name != "overlay" || all[0].Layers != 1 || all[2].Name != "native" || !all[2].Default {
 		t.Errorf("drivers: %+v", all)
 	}
 	must(t, s.Close())
 	must(t, s.Close())
 	wants(t, second(view(t, s, "v", "").Stat(t.Context(), "x")), errdefs.ErrUnavailable)
 
-	only := func(o *snapshot.Options) { o.Registry = drivers.NewRegistry(registry().Factories()[1]) }
+	only := func(o *snapshot.Options) { o.Registry = drivers.NewRegistry(native.Factory()) }
 	s = open(t, root, only)
 	wants(t, second(view(t, s, "v", "").Mounts(t.Context(), "x")), errdefs.ErrNotFound) // no such driver
 	found, err := s.Check(t.Context(), snapshot.CheckOptions{})
