@@ -6,7 +6,9 @@ import (
 	"os"
 
 	"github.com/containerd/errdefs"
+	bolt "go.etcd.io/bbolt"
 
+	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -106,7 +108,7 @@ func (g *committer) again(batch []*call, full error) {
 		if !c.frees || c.err != full {
 			continue
 		}
-		err := commitBatch(db, []*call{c})
+		err := g.flushAndTry(db, c)
 		switch {
 		case err != nil:
 			c.err = err
@@ -116,5 +118,26 @@ func (g *committer) again(batch []*call, full error) {
 			// The first attempt took place, though its flush failed.
 			c.err = dbError("sync", db.Sync())
 		}
+	}
+}
+
+// flushes bounds how often a removal is tried on a disk that stays full.
+const flushes = 8
+
+// flushAndTry commits one call. What was freed is there only after a flush on file
+// systems that copy on write (btrfs pins it until its transaction ends), so one that
+// finds no room is tried again after it.
+func (g *committer) flushAndTry(db *bolt.DB, c *call) error {
+	for n := 0; ; n++ {
+		err := commitBatch(db, []*call{c})
+		if !drivers.IsFull(err) || n == flushes {
+			return err
+		}
+		dir, e := sys.OpenDir(g.db.dir)
+		if e != nil {
+			return err
+		}
+		_ = dir.SyncFS()
+		dir.Close()
 	}
 }
