@@ -103,6 +103,7 @@ func ExampleDrivers() {
 	}
 	// Output:
 	// overlay
+	// btrfs
 	// fuse
 	// native
 }

@@ -16,6 +16,7 @@ package layerctl
 import (
 	"context"
 
+	"github.com/layerctl/layerctl/btrfs"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/native"
 	"github.com/layerctl/layerctl/fuse"
@@ -27,6 +28,7 @@ import (
 func Drivers() *drivers.Registry {
 	return drivers.NewRegistry(
 		overlay.Factory(),
+		btrfs.Factory(),
 		fuse.Factory(),
 		native.Factory(),
 	)

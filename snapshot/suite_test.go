@@ -23,12 +23,17 @@ func TestContainerdSuite(t *testing.T) {
 		{"overlayfs", "overlay", nil},
 		{"overlay-redirect", "overlay", map[string]string{"redirect_dir": "on"}},
 		{"fuse-redirect", "fuse", map[string]string{"redirect_dir": "on"}}, // the suite renames a directory
+		{"btrfs", "btrfs", nil},
 	} {
 		if testing.Short() && c.name != "overlayfs" {
 			continue // its goroutines are the same
 		}
 		t.Run(c.name, func(t *testing.T) {
-			t.Setenv("TMPDIR", testenv.Scratch(t))
+			tmp := testenv.Scratch(t)
+			if c.driver == "btrfs" {
+				tmp = testenv.FS(t, "btrfs")
+			}
+			t.Setenv("TMPDIR", tmp)
 			testsuite.SnapshotterSuite(t, c.name, func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 				s, err := snapshot.Open(ctx, root, snapshot.Options{
 					Registry:      registry(),

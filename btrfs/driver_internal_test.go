@@ -1,0 +1,279 @@
+package btrfs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/btrfs/ioctl"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/kprobe"
+	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
+	"github.com/layerctl/layerctl/layer"
+)
+
+// checkFS runs btrfs check on what the file system has written to its device.
+func checkFS(t *testing.T, dir string) {
+	t.Helper()
+	fd, err := sys.OpenDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = fd.SyncFS()
+	fd.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(testenv.Program(t, "btrfs", "btrfs-progs"), "check", "--readonly", "--force", testenv.Image(dir)).CombinedOutput()
+	if err != nil {
+		t.Errorf("btrfs check: %v\n%s", err, out)
+	}
+}
+
+func fixture(t *testing.T, opts ...testenv.Option) *history {
+	t.Helper()
+	testenv.Leaks(t)
+	return newHistory(t, testenv.FS(t, "btrfs", append([]testenv.Option{testenv.Size(256 << 20)}, opts...)...)+"/r")
+}
+
+func (h *history) create(parent drivers.Ref, o drivers.CreateOptions) (drivers.Ref, string) {
+	h.Helper()
+	h.next++
+	r := drivers.Ref{ID: h.next}
+	if parent.ID != 0 {
+		r.Parents = append([]drivers.ID{parent.ID}, parent.Parents...)
+	}
+	h.must(h.d.Create(h.ctx, r, o))
+	return r, h.d.treePath(r.ID, writable)
+}
+
+func (h *history) commit(r drivers.Ref) {
+	h.Helper()
+	_, err := h.d.Commit(h.ctx, r, drivers.CommitOptions{})
+	h.must(err)
+}
+
+func TestNotOnBtrfs(t *testing.T) {
+	dir := testenv.FS(t, "tmpfs")
+	_, err := Open(t.Context(), drivers.Config{Root: dir + "/r"})
+	if !errors.Is(err, errdefs.ErrUnavailable) || !strings.Contains(err.Error(), "tmpfs") {
+		t.Errorf("%v, want ErrUnavailable that names tmpfs", err)
+	}
+	if _, err := os.Stat(dir + "/r"); !os.IsNotExist(err) {
+		t.Error("the refusal left a directory")
+	}
+	if p := Probe(t.Context(), dir); p.Works != kprobe.No || p.Reason == "" {
+		t.Errorf("%+v", p)
+	}
+}
+
+// A subvolume that somebody makes in a layer is not in a snapshot of it: it would
+// be lost without a word.
+func TestNestedSubvolumes(t *testing.T) {
+	h := fixture(t)
+	r, tree := h.create(drivers.Ref{}, drivers.CreateOptions{})
+	h.must(os.MkdirAll(tree+"/var/lib", 0o755))
+	for _, p := range []string{"/var/lib", "/var/lib/deep", "/var/lib/deep/er"} {
+		dir, err := sys.OpenDir(tree + p)
+		h.must(err)
+		name := map[string]string{"/var/lib": "deep", "/var/lib/deep": "er", "/var/lib/deep/er": "x"}[p]
+		h.must(ioctl.Create(dir, name))
+		dir.Close()
+	}
+	h.must(os.WriteFile(tree+"/var/lib/deep/er/f", []byte("x"), 0o400))
+	_, err := h.d.Commit(h.ctx, r, drivers.CommitOptions{})
+	if !errors.Is(err, errdefs.ErrFailedPrecondition) || !strings.Contains(err.Error(), "var/lib/deep") {
+		t.Errorf("commit: %v, want ErrFailedPrecondition that names it", err)
+	}
+	for _, err := range h.d.Diff(h.ctx, drivers.Ref{}, r) {
+		if !errors.Is(err, errdefs.ErrFailedPrecondition) {
+			t.Errorf("diff: %v", err)
+		}
+		break
+	}
+	h.must(h.d.Remove(h.ctx, r.ID))
+	if ids := slices.Collect(idsOf(h)); len(ids) > 0 {
+		t.Errorf("left: %v", ids)
+	}
+}
+
+func idsOf(h *history) func(func(drivers.ID) bool) {
+	return func(yield func(drivers.ID) bool) {
+		for id, err := range h.d.IDs(h.ctx) {
+			h.must(err)
+			if !yield(id) {
+				return
+			}
+		}
+	}
+}
+
+// What a diff of an active layer takes a snapshot for is gone afterwards, and what
+// a killed one left goes with the next diff, or with the layer.
+func TestSnapshotsOfDiffsAreSwept(t *testing.T) {
+	h := fixture(t)
+	base, tree := h.create(drivers.Ref{}, drivers.CreateOptions{})
+	h.must(os.WriteFile(tree+"/f", []byte("x"), 0o644))
+	h.commit(base)
+	r, tree := h.create(base, drivers.CreateOptions{})
+	h.must(os.WriteFile(tree+"/g", []byte("y"), 0o644))
+	left := func() (names []string) {
+		ents, err := os.ReadDir(h.d.root + "/l/" + r.ID.String())
+		h.must(err)
+		for _, e := range ents {
+			if strings.HasPrefix(e.Name(), diffPrefix) {
+				names = append(names, e.Name())
+			}
+		}
+		return names
+	}
+	abandon := func() { // as a killed process leaves it
+		h.must(os.Mkdir(h.d.root+"/l/"+r.ID.String()+"/diff.dead", 0o700))
+		dir, err := sys.OpenDir(h.d.root + "/l/" + r.ID.String() + "/diff.dead")
+		h.must(err)
+		defer dir.Close()
+		fs, err := sys.OpenDir(tree)
+		h.must(err)
+		defer fs.Close()
+		h.must(ioctl.Snapshot(fs, dir, "s", true))
+	}
+	abandon()
+	for range h.d.Diff(h.ctx, base, r) {
+		if n := left(); len(n) != 1 || n[0] == "diff.dead" {
+			t.Errorf("during a diff: %v", n)
+		}
+	}
+	if n := left(); len(n) > 0 {
+		t.Errorf("after the diff: %v", n)
+	}
+	abandon()
+	h.must(h.d.Remove(h.ctx, r.ID))
+	h.must(h.d.Remove(h.ctx, base.ID))
+	checkFS(t, h.d.root[:len(h.d.root)-2])
+}
+
+func TestDiffEndsWithItsContext(t *testing.T) {
+	h := fixture(t)
+	base, _ := h.create(drivers.Ref{}, drivers.CreateOptions{})
+	h.commit(base)
+	r, tree := h.create(base, drivers.CreateOptions{})
+	for i := range 2000 {
+		h.must(os.WriteFile(tree+"/"+strings.Repeat("n", 200)+string(rune('a'+i%26))+string(rune('a'+i/26%26))+string(rune('a'+i/676)), nil, 0o644))
+	}
+	ctx, cancel := context.WithCancel(h.ctx)
+	cancel()
+	for _, err := range h.d.Diff(ctx, base, r) {
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("%v", err)
+		}
+		break
+	}
+}
+
+// Somebody with btrfs-progs may delete or make subvolumes behind our back.
+func TestSubvolumeDeletedBehindOurBack(t *testing.T) {
+	h := fixture(t)
+	r, _ := h.create(drivers.Ref{}, drivers.CreateOptions{})
+	dir, err := sys.OpenDir(h.d.root + "/l/" + r.ID.String())
+	h.must(err)
+	h.must(ioctl.Destroy(dir, string(writable)))
+	dir.Close()
+	if _, err := h.d.Mounts(h.ctx, r, drivers.MountOptions{}); !errors.Is(err, errdefs.ErrDataLoss) {
+		t.Errorf("mounts: %v, want ErrDataLoss", err)
+	}
+	h.must(h.d.Remove(h.ctx, r.ID))
+	if ids := slices.Collect(idsOf(h)); len(ids) > 0 {
+		t.Errorf("left: %v", ids)
+	}
+}
+
+func TestQuota(t *testing.T) {
+	for _, mode := range []ioctl.QuotaMode{ioctl.QuotaFull, ioctl.QuotaSimple} {
+		t.Run(mode.String(), func(t *testing.T) {
+			testenv.Leaks(t)
+			dir := testenv.FS(t, "btrfs", testenv.Size(256<<20))
+			fd, err := sys.OpenDir(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer fd.Close()
+			err = ioctl.SetQuota(fd, mode)
+			if mode == ioctl.QuotaSimple && errors.Is(err, syscall.EINVAL) {
+				testenv.Optional(t, "simple quotas need Linux 6.7")
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := ioctl.WaitQuota(fd); err != nil && mode == ioctl.QuotaFull {
+				t.Fatal(err)
+			}
+			h := newHistory(t, dir+"/r")
+			if !h.d.caps.Quota {
+				t.Fatal("quota is on, Capabilities.Quota is not")
+			}
+			quotaStops(h)
+		})
+	}
+}
+
+func quotaStops(h *history) {
+	h.Helper()
+	base, tree := h.create(drivers.Ref{}, drivers.CreateOptions{})
+	h.must(os.WriteFile(tree+"/large", make([]byte, 4<<20), 0o644))
+	h.commit(base)
+	r, tree := h.create(base, drivers.CreateOptions{Quota: 8 << 20})
+	free, freeTree := h.create(base, drivers.CreateOptions{})
+	h.must(writeSynced(tree+"/fits", 2<<20))
+	if err := writeSynced(tree+"/too much", 32<<20); !errors.Is(err, syscall.EDQUOT) {
+		h.Errorf("32 MiB into a quota of 8: %v, want EDQUOT", err)
+	}
+	h.must(writeSynced(freeTree+"/f", 32<<20))
+	// In the middle of an Apply, too.
+	var tar bytes.Buffer
+	_, err := layer.WriteTar(h.ctx, &tar, h.d.Diff(h.ctx, base, free), layer.TarOptions{})
+	h.must(err)
+	err = h.d.Apply(h.ctx, r, &tar, layer.ApplyOptions{})
+	if !errors.Is(err, errdefs.ErrResourceExhausted) || !errors.Is(err, syscall.EDQUOT) {
+		h.Errorf("apply: %v, want ErrResourceExhausted with EDQUOT", err)
+	}
+	for _, r := range []drivers.Ref{r, free, base} {
+		h.must(h.d.Remove(h.ctx, r.ID))
+	}
+}
+
+func writeSynced(path string, size int) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(make([]byte, size))
+	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// A writer that is alive keeps its tree; what it had is deleted when it is gone.
+func TestSourceOfACommitIsDroppedLater(t *testing.T) {
+	h := fixture(t)
+	r, tree := h.create(drivers.Ref{}, drivers.CreateOptions{})
+	target := t.TempDir()
+	h.must(sys.Mount(tree, target, "", sys.MS_BIND, ""))
+	unmount := func() error { return sys.Umount(target, 0) }
+	h.commit(r)
+	err := os.WriteFile(target+"/after", nil, 0o644)
+	h.must(errors.Join(err, unmount()))
+	if _, err := os.Stat(tree); err != nil {
+		t.Errorf("a mounted source was deleted: %v", err)
+	}
+	h.create(r, drivers.CreateOptions{})
+	if _, err := os.Stat(tree); !os.IsNotExist(err) {
+		t.Errorf("the source is still there: %v", err)
+	}
+}

@@ -1,0 +1,273 @@
+package btrfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/btrfs/ioctl"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/kprobe"
+	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/mount"
+)
+
+// Factory makes btrfs drivers. It has no options.
+func Factory() drivers.Factory {
+	return drivers.Factory{
+		Name:    Name,
+		Summary: "btrfs subvolumes: a layer is a snapshot of its parent",
+		Probe:   Probe,
+		Open:    Open,
+	}
+}
+
+// Probe tries in a scratch directory below dir what the driver can do there.
+func Probe(ctx context.Context, dir string) drivers.Probe {
+	if err := onBtrfs(dir); err != nil {
+		a := kprobe.No
+		if !errors.Is(err, errdefs.ErrUnavailable) {
+			a = kprobe.Unknown
+		}
+		return drivers.Probe{Works: a, Reason: err.Error()}
+	}
+	f, err := try(ctx, dir)
+	p := drivers.Probe{Works: kprobe.Yes, Features: f.results}
+	switch {
+	case errors.Is(err, syscall.EROFS), errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):
+		p.Works, p.Reason = kprobe.No, err.Error()
+	case err != nil:
+		p.Works, p.Reason = kprobe.Unknown, err.Error()
+	case f.admin:
+		p.Reason = "snapshots of subvolumes; diff by SEND; quota: " + f.quota.String()
+	default:
+		p.Reason = "snapshots of subvolumes; without CAP_SYS_ADMIN diffs walk whole trees and usage is unknown"
+	}
+	return p
+}
+
+func onBtrfs(dir string) error {
+	s, err := sys.StatfsPath(dir)
+	if err != nil {
+		return err
+	}
+	if s.Type != sys.BTRFS_SUPER_MAGIC {
+		return fmt.Errorf("%s is on %s, not on btrfs: %w", dir, s.Type, errdefs.ErrUnavailable)
+	}
+	return nil
+}
+
+// Open opens or makes the storage at c.Root. ErrUnavailable where that is not on
+// btrfs.
+func Open(ctx context.Context, c drivers.Config) (drivers.Driver, error) {
+	d, err := open(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("btrfs: open %s: %w", c.Root, err)
+	}
+	return d, nil
+}
+
+func open(ctx context.Context, c drivers.Config) (*driver, error) {
+	if err := drivers.CheckOptions(nil, c.Options); err != nil {
+		return nil, err
+	}
+	if err := onBtrfs(filepath.Dir(filepath.Clean(c.Root))); err != nil {
+		return nil, err
+	}
+	root, err := makeRoot(c.Root)
+	if err != nil {
+		return nil, err
+	}
+	if err := onBtrfs(root); err != nil {
+		return nil, err
+	}
+	sweepScratch(root)
+	f, err := try(ctx, root)
+	if err != nil && !errors.Is(err, syscall.EROFS) {
+		return nil, err
+	}
+	d := &driver{root: root, admin: f.admin, quota: f.quota}
+	d.caps = drivers.Capabilities{
+		Driver: Name, Diff: true, Apply: true, Reflink: true,
+		Quota: f.quota != ioctl.QuotaOff, IDMap: f.has(idMap),
+		UsageBytes: f.admin, UsageInodes: f.admin, Lost: f.lost,
+	}
+	return d, nil
+}
+
+// makeRoot makes what is missing of the root's directories and returns the root
+// without symlinks.
+func makeRoot(path string) (string, error) {
+	if err := makeDir(path); err != nil {
+		return "", err
+	}
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	root, err := filepath.EvalSymlinks(abs)
+	if err != nil {
+		return "", err
+	}
+	for _, name := range []string{layersDir, newDir, deletedDir} {
+		if err := makeDir(filepath.Join(root, name)); err != nil {
+			return "", err
+		}
+	}
+	return root, nil
+}
+
+// makeDir makes a directory of mode 0700, if it is missing, that hands no ACL and
+// no setgid bit of a directory above down to the subvolumes below.
+func makeDir(path string) error {
+	err := os.Mkdir(path, 0o700)
+	if errors.Is(err, os.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	f, err := sys.OpenDir(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	for _, acl := range []string{"system.posix_acl_default", "system.posix_acl_access"} {
+		err := f.Removexattr("", acl)
+		if err != nil && !errors.Is(err, syscall.ENODATA) && !errors.Is(err, syscall.EOPNOTSUPP) {
+			return err
+		}
+	}
+	return f.Chmod(0o700)
+}
+
+// The features that are tried beside btrfs's ioctls.
+const idMap = "id-mapped mount"
+
+const scratchPrefix = ".probe-"
+
+// found is what try found out.
+type found struct {
+	admin   bool
+	quota   ioctl.QuotaMode
+	results []kprobe.Result
+	lost    []string
+}
+
+func (f *found) has(feature string) bool {
+	return slices.ContainsFunc(f.results, func(r kprobe.Result) bool { return r.Feature == feature && r.Answer == kprobe.Yes })
+}
+
+// try makes a subvolume and a snapshot of it in a scratch directory, tries there
+// what the driver can do, and deletes all.
+func try(ctx context.Context, dir string) (f found, err error) {
+	scratch, err := os.MkdirTemp(dir, scratchPrefix)
+	if err != nil {
+		return f, err
+	}
+	in, err := sys.OpenDir(scratch)
+	if err != nil {
+		return f, errors.Join(err, os.Remove(scratch))
+	}
+	defer func() {
+		in.Close()
+		err = errors.Join(err, dropScratch(ctx, scratch))
+	}()
+	if err := ioctl.Create(in, "a"); err != nil {
+		return f, err
+	}
+	a, err := in.Openat("a", sys.O_RDONLY|sys.O_DIRECTORY, 0)
+	if err != nil {
+		return f, err
+	}
+	defer a.Close()
+	if err := ioctl.Snapshot(a, in, "b", true); err != nil {
+		return f, err
+	}
+	f.results = ioctl.Probe(a)
+	f.admin = f.has("TREE_SEARCH_V2") && f.has("SEND")
+	if f.admin {
+		if f.quota, err = ioctl.Quota(a); err != nil {
+			return f, err
+		}
+	}
+	f.results = append(f.results, kept(idMap, tryIDMap(ctx, scratch+"/a"), "kernel 5.15, and CAP_SYS_ADMIN where the file system was mounted"))
+	f.tryLosses(a)
+	return f, nil
+}
+
+func dropScratch(ctx context.Context, scratch string) error {
+	parent, err := sys.OpenDir(filepath.Dir(scratch))
+	if err != nil {
+		return err
+	}
+	defer parent.Close()
+	return destroyLayer(context.WithoutCancel(ctx), parent, filepath.Base(scratch))
+}
+
+// sweepScratch removes the scratch directories of processes that died in a probe,
+// which takes milliseconds: after an hour nobody is at work there.
+func sweepScratch(root string) {
+	old, _ := filepath.Glob(root + "/" + scratchPrefix + "*")
+	for _, dir := range old {
+		if st, err := os.Lstat(dir); err == nil && time.Since(st.ModTime()) > time.Hour {
+			_ = dropScratch(context.Background(), dir)
+		}
+	}
+}
+
+func kept(feature string, err error, needs string) kprobe.Result {
+	if err == nil {
+		return kprobe.Result{Feature: feature, Answer: kprobe.Yes}
+	}
+	return kprobe.Result{Feature: feature, Answer: kprobe.No, Detail: fmt.Sprintf("%v; %s", err, needs), Err: err}
+}
+
+func tryIDMap(ctx context.Context, dir string) error {
+	one := []drivers.IDRange{{ContainerID: 0, HostID: 100000, Size: 1}}
+	t, err := mount.Detached(ctx, []mount.Mount{bind(dir, drivers.MountOptions{IDMap: drivers.IDMap{UIDs: one, GIDs: one}})})
+	if err != nil {
+		return err
+	}
+	return t.Close()
+}
+
+// netRaw is struct vfs_cap_data, revision 2, of cap_net_raw+ep
+// (include/uapi/linux/capability.h).
+const netRaw = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+
+// tryLosses finds out what this process cannot store.
+func (f *found) tryLosses(dir *sys.Fd) {
+	onFile := func(set func(*sys.Fd) error) error {
+		file, err := dir.Openat("meta", sys.O_RDWR|sys.O_CREAT, 0o600)
+		if err != nil {
+			return err
+		}
+		defer file.Close()
+		return set(file)
+	}
+	for _, l := range []struct {
+		feature, lost, needs string
+		err                  error
+	}{
+		{"chown to other ids", "owners outside the user namespace (kept in user.containers.override_stat, where a later chmod or chown is not seen)", "needs CAP_CHOWN",
+			onFile(func(f *sys.Fd) error { return f.Chown("", 12345, 12345) })},
+		{"device nodes", "device nodes", "needs CAP_MKNOD outside any user namespace", dir.Mknod("null", sys.S_IFCHR|0o600, 1, 3)},
+		{"trusted.* xattrs", "trusted.* xattrs", "needs CAP_SYS_ADMIN outside any user namespace",
+			onFile(func(f *sys.Fd) error { return f.Setxattr("", "trusted.layerctl", "x") })},
+		{"file capabilities", "file capabilities", "needs CAP_SETFCAP",
+			onFile(func(f *sys.Fd) error { return f.Setxattr("", "security.capability", netRaw) })},
+	} {
+		r := kept(l.feature, l.err, l.needs)
+		if f.results = append(f.results, r); r.Answer != kprobe.Yes {
+			f.lost = append(f.lost, l.lost)
+		}
+	}
+}

@@ -1,0 +1,129 @@
+package btrfs
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// The names of a root, see the package doc.
+const (
+	layersDir  = "l"
+	newDir     = "new"
+	deletedDir = "del"
+	diffPrefix = "diff."
+)
+
+// kind is what a layer is, and the name of its subvolume.
+type kind string
+
+const (
+	writable  kind = "fs"
+	view      kind = "view"
+	committed kind = "ro"
+)
+
+func (k kind) String() string {
+	return map[kind]string{writable: "writable", view: "a view", committed: "committed"}[k]
+}
+
+const (
+	aboutXattr = "user.layerctl"
+	usageXattr = "user.layerctl.usage"
+)
+
+// about describes a layer, in an xattr of its directory: written in the
+// transaction that makes the layer, or an earlier one.
+type about struct {
+	Parent string `json:"parent,omitempty"` // as Create was told
+	// Born is the transaction that the subvolume was made in; 0 without a parent.
+	// What the layer holds itself is younger.
+	Born  uint64         `json:"born,omitempty"`
+	IDMap *drivers.IDMap `json:"idmap,omitempty"`
+}
+
+// layerDir is an open directory of a layer. It has one owner, who closes it.
+type layerDir struct {
+	*sys.Fd
+	id    drivers.ID
+	kind  kind
+	about about
+}
+
+// layer opens a layer.
+func (d *driver) layer(id drivers.ID) (*layerDir, error) {
+	all, err := d.open(layersDir)
+	if err != nil {
+		return nil, err
+	}
+	defer all.Close()
+	fd, err := all.Openat(id.String(), sys.O_RDONLY|sys.O_DIRECTORY, 0)
+	if err != nil {
+		return nil, err
+	}
+	l := &layerDir{Fd: fd, id: id}
+	if err := l.read(); err != nil {
+		l.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// read finds out what a layer is. One whose subvolume or description is missing
+// was changed by somebody else.
+func (l *layerDir) read() error {
+	for _, k := range []kind{committed, view, writable} { // a committed one may still have the other
+		there, err := exists(l.Fd, string(k))
+		if err != nil {
+			return err
+		}
+		if there {
+			l.kind = k
+			break
+		}
+	}
+	if l.kind == "" {
+		return fmt.Errorf("has no subvolume: it was deleted behind our back: %w", errdefs.ErrDataLoss)
+	}
+	text, err := l.Getxattr("", aboutXattr)
+	if err == nil {
+		err = json.Unmarshal([]byte(text), &l.about)
+	}
+	if err != nil {
+		return fmt.Errorf("xattr %s: %w: %w", aboutXattr, errdefs.ErrDataLoss, err)
+	}
+	return nil
+}
+
+func (a *about) write(dir *sys.Fd) error {
+	text, err := json.Marshal(a)
+	if err != nil {
+		return err
+	}
+	return dir.Setxattr("", aboutXattr, string(text))
+}
+
+// tree opens the layer's subvolume.
+func (l *layerDir) tree() (*sys.Fd, error) {
+	return l.Openat(string(l.kind), sys.O_RDONLY|sys.O_DIRECTORY, 0)
+}
+
+// treePath is where a layer's tree is.
+func (d *driver) treePath(id drivers.ID, k kind) string {
+	return d.root + "/" + layersDir + "/" + id.String() + "/" + string(k)
+}
+
+// exists reports whether dir has name.
+func exists(dir *sys.Fd, name string) (bool, error) {
+	_, err := dir.Stat(name)
+	if errors.Is(err, syscall.ENOENT) {
+		return false, nil
+	}
+	return err == nil, err
+}
