@@ -24,6 +24,8 @@ type workload struct {
 	// fixture makes what all subjects share, once, in dir.
 	fixture  func(dir string) error
 	subjects []subject
+	// done, if not nil, undoes what fixture mounted.
+	done func(dir string) error
 }
 
 // subject does the workload's work once.
@@ -38,7 +40,7 @@ type subject struct {
 	missing func() string
 }
 
-var workloads = []workload{applyWorkload, diffWorkload, usageWorkload, prepareWorkload, startWorkload}
+var workloads = []workload{applyWorkload, diffWorkload, usageWorkload, prepareWorkload, startWorkload, btrfsWorkload, btrfsLargeWorkload}
 
 var (
 	runs     = flag.Int("runs", 5, "counted runs of each subject, after one that warms up")

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -27,7 +28,7 @@ type figures struct {
 
 type samples []float64
 
-func measure(w workload, dir string) ([]figures, error) {
+func measure(w workload, dir string) (_ []figures, err error) {
 	dir = filepath.Join(dir, w.name)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
@@ -36,6 +37,9 @@ func measure(w workload, dir string) ([]figures, error) {
 		if err := w.fixture(dir); err != nil {
 			return nil, fmt.Errorf("fixture: %w", err)
 		}
+	}
+	if w.done != nil {
+		defer func() { err = errors.Join(err, w.done(dir)) }()
 	}
 	all := make([]figures, len(w.subjects))
 	for i, s := range w.subjects {

@@ -193,7 +193,7 @@ func prepareFixture(ctx context.Context, s snapshots.Snapshotter) error {
 
 func prepare(ctx context.Context, s snapshots.Snapshotter) error {
 	took := map[string]time.Duration{}
-	timed := func(what string, f func() error) error {
+	timedIn := func(what string, f func() error) error {
 		start := time.Now()
 		err := f()
 		took[what] += time.Since(start)
@@ -202,9 +202,9 @@ func prepare(ctx context.Context, s snapshots.Snapshotter) error {
 	for range prepareTimes {
 		for _, parent := range []string{"small", "large"} {
 			err := errors.Join(
-				timed(parent+" prepare", func() error { _, err := s.Prepare(ctx, "k", parent); return err }),
-				timed(parent+" mounts", func() error { _, err := s.Mounts(ctx, "k"); return err }),
-				timed(parent+" remove", func() error { return s.Remove(ctx, "k") }),
+				timedIn(parent+" prepare", func() error { _, err := s.Prepare(ctx, "k", parent); return err }),
+				timedIn(parent+" mounts", func() error { _, err := s.Mounts(ctx, "k"); return err }),
+				timedIn(parent+" remove", func() error { return s.Remove(ctx, "k") }),
 			)
 			if err != nil {
 				return err
