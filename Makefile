@@ -11,7 +11,7 @@ ifeq ($(shell id -u),0)
 export LAYERCTL_EXPECT := root
 endif
 
-.PHONY: all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman images install man clean
+.PHONY: differential all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman images install man clean
 
 all: build
 
@@ -61,6 +61,9 @@ fuzz-long: ## every fuzz target for ten minutes
 stress: ## slow: the store under eight processes and a killer, a minute a driver; random operations, thirty seeds
 	LAYERCTL_STRESS=2m $(GO) test -count=1 -timeout 30m -run TestStress -v ./snapshot
 	LAYERCTL_SEED= $(GO) test -count=30 -timeout 60m -run 'TestDriver/.*/random_operations' ./drivers/native ./overlay
+
+differential: ## slow: random operations on fuse-layerfs and the kernel's overlayfs, an hour
+	LAYERCTL_DIFFERENTIAL=1h $(GO) test -count=1 -timeout 90m -run 'TestDifferential$$' -v ./fuse/uniontest
 
 bench: ## the benchmarks, peers beside ours; bench/RESULTS.md says how its figures were made
 	cd bench/peers && $(GO) run . -runs 9

@@ -45,13 +45,17 @@ func (q *staleQueue) take() []union.Stale {
 	return list
 }
 
-// Invalidate is for union.Config.Invalidate. Attributes are told at once, before
-// the answer to the request that made them stale; pages and names later.
+// Invalidate is for union.Config.Invalidate. Attributes and what directories are
+// listed as are told at once, before the answer to the request that made them
+// stale; a file's pages, one of which may be waited for, and names later.
 func (s *Server) Invalidate(x union.Stale) {
-	if s.dev == nil {
+	switch {
+	case s.dev == nil:
 		return
-	}
-	if x.Name == "" {
+	case x.Names:
+		s.notifyInode(x.Node, 0)
+		return
+	case x.Name == "":
 		s.notifyAttr(x.Node)
 		if !x.Data {
 			return

@@ -55,6 +55,8 @@ type Config struct {
 type Stale struct {
 	Node uint64 // Node.ID
 	Data bool   // content too, not only attributes
+	// Names: directory Node is listed otherwise than it was.
+	Names bool
 	// Name, when not "", is the entry of directory Node that is stale, and
 	// nothing else is.
 	Name string

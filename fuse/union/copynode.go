@@ -97,7 +97,9 @@ func (fs *FS) copyUpAt(parent *Node, name string, n *Node, what copyWhat) error 
 		return err
 	}
 	parent.set(isImpure)
-	fs.raised(parent, n, &r, &st)
+	if parted := fs.raised(parent, n, &r, &st); parted {
+		fs.stale(Stale{Node: parent.id, Names: true}) // it has the number, too
+	}
 	// The time of change is another one, a directory's link count too, and what
 	// lost its other names has another number.
 	fs.stale(Stale{Node: n.id})
@@ -111,10 +113,11 @@ func (fs *FS) stale(s Stale) {
 	}
 }
 
-// raised tells a node that it is in the upper now; st is of the new inode.
-func (fs *FS) raised(parent, n *Node, r *copyRequest, st *sys.Stat) {
+// raised tells a node that it is in the upper now; st is of the new inode. parted
+// says that the file has lost its other names, and so has another number.
+func (fs *FS) raised(parent, n *Node, r *copyRequest, st *sys.Stat) (parted bool) {
 	fs.copyUps.Add(1)
-	parted := !n.isDir() && r.src.stat.Nlink > 1 && !r.shared
+	parted = !n.isDir() && r.src.stat.Nlink > 1 && !r.shared
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	fs.table.mu.Lock()
@@ -144,6 +147,7 @@ func (fs *FS) raised(parent, n *Node, r *copyRequest, st *sys.Stat) {
 	}
 	parent.dir.copied.Add(1)
 	parent.dir.changed.Add(1)
+	return parted
 }
 
 // copySource opens what is copied up.

@@ -100,7 +100,8 @@ func (fs *FS) create(c Caller, dir *Node, name string, o *newObject) (e Entry, f
 	return fs.made(dir, up.fd, name, m.fd)
 }
 
-// mayMake checks what must be so for a new name in dir, and copies dir up.
+// mayMake checks what must be so for a new name in dir ("": for a file without
+// one), and copies dir up.
 func (fs *FS) mayMake(dir *Node, name string) error {
 	switch {
 	case !dir.isDir():
@@ -117,8 +118,10 @@ func (fs *FS) mayMake(dir *Node, name string) error {
 	if dir.has(isDead) {
 		return syscall.ENOENT
 	}
-	if there, err := fs.lowerHas(dir, name); there || err != nil {
-		return orExist(err)
+	if name != "" { // O_TMPFILE: there is none
+		if there, err := fs.lowerHas(dir, name); there || err != nil {
+			return orExist(err)
+		}
 	}
 	return fs.copyUp(dir, copyMeta)
 }

@@ -151,6 +151,23 @@ func (fs *FS) inoOf(f *found) uint64 {
 	return fs.ino(0, f.st.Ino)
 }
 
+// shownIno is the number that a name is shown by: its node's, if that is in memory.
+// What was copied up keeps its number there also where nothing on disk can say it,
+// for lack of file handles.
+func (fs *FS) shownIno(dir *Node, name string, f *found) uint64 {
+	if f.upper && !f.hasLow {
+		key, _ := fs.keyOf(f)
+		t := fs.table
+		t.mu.Lock()
+		n := t.byReal[key]
+		t.mu.Unlock()
+		if n != nil && fs.same(n, dir, name, f) {
+			return n.ino.Load()
+		}
+	}
+	return fs.inoOf(f)
+}
+
 // renew tells a node where it was found, if it may have other names in the upper,
 // and nothing has changed since.
 func (fs *FS) renew(n, dir *Node, name string, f *found, epoch uint32, mine bool) {

@@ -104,7 +104,7 @@ func (d *Dir) Read(off uint64, add func(DirEntry) bool) error {
 			var f found
 			switch err := d.fs.find(d.node, e.Name, &f, -1); {
 			case err == nil:
-				e.Ino, e.Type = d.fs.inoOf(&f), f.st.Type()
+				e.Ino, e.Type = d.fs.shownIno(d.node, e.Name, &f), f.st.Type()
 			case broken(err):
 				e.Ino = max(e.Ino, 1) // with 0 it would not be seen
 			default:

@@ -2,6 +2,7 @@ package uniontest
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -42,7 +43,7 @@ var triggers = map[string]func(k *Kit, p string){
 	"truncate":       func(k *Kit, p string) { k.truncate(p, 3) },
 	"extend":         func(k *Kit, p string) { k.truncate(p, 10_000) },
 	"O_TRUNC":        func(k *Kit, p string) { k.open(p, unix.O_WRONLY|unix.O_TRUNC).Close() },
-	"link":           func(k *Kit, p string) { k.hardlink(p, p+".link") },
+	"link":           func(k *Kit, p string) { k.needRoot("file handles"); k.hardlink(p, p+".link") },
 	"rename":         func(k *Kit, p string) { k.rename(p, p+".to") },
 	"acl":            func(k *Kit, p string) { k.setxattr(p, "system.posix_acl_access", acl) },
 	"fallocate": func(k *Kit, p string) {
@@ -50,6 +51,9 @@ var triggers = map[string]func(k *Kit, p string){
 		k.ok(unix.Fallocate(fd(f), 0, 0, 100))
 	},
 	"shared mmap": func(k *Kit, p string) {
+		if k.fs.user {
+			k.unlikeBy(SetIDLater)
+		}
 		f := k.open(p, unix.O_RDWR)
 		m, err := unix.Mmap(fd(f), 0, 5, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 		k.ok(err)
@@ -79,7 +83,6 @@ func (k *Kit) overwrite(p string, off int64, content string) {
 // copyUpCases are about files of a lower that are changed.
 var copyUpCases = withTriggers(map[string]func(*Kit){
 	"keeps owner, mode, times, xattrs": func(k *Kit) {
-		k.needIDs()
 		k.union(rich("d/f"))
 		k.open("d/f", unix.O_WRONLY).Close()
 		st := k.stat("d/f")
@@ -136,6 +139,7 @@ var copyUpCases = withTriggers(map[string]func(*Kit){
 		k.size("f", 64<<20)
 	},
 	"copies what lies above 4 GiB": func(k *Kit) {
+		k.needRoot("passthrough, without which the holes are read")
 		k.union(sparse("f", 5<<30), data("f", 4<<30+12345, "far"))
 		k.appendTo("f", "end")
 		k.upperBlocks("f", 2<<20)
@@ -147,7 +151,6 @@ var copyUpCases = withTriggers(map[string]func(*Kit){
 		k.size("f", 5<<30+3)
 	},
 	"copies parents with their metadata": func(k *Kit) {
-		k.needIDs()
 		k.union(file("a/b/c/f", "x"), chown("a", 5, 6), chmod("a/b", 0o2770), xattr("a/b/c", "user.x", "y"), mtime("a/b", 99, 9))
 		k.chmod("a/b/c/f", 0o600)
 		equal(k, "uid", k.statAt(k.u("a")).UID, 5)
@@ -187,7 +190,6 @@ var copyUpCases = withTriggers(map[string]func(*Kit){
 		k.reads("d/f", "x")
 	},
 	"of a symlink": func(k *Kit) {
-		k.needIDs()
 		k.union(symlink("a/long/target", "l"), mtime("l", 50, 5), file("x", ""))
 		k.chown("l", 3, 4)
 		k.owner("l", 3, 4)
@@ -286,7 +288,6 @@ var copyUpCases = withTriggers(map[string]func(*Kit){
 		k.that(bytes.Equal(m, treegen.Content(2, 8192)), "the mapping changed")
 	},
 	"fchmod and fchown of a file opened before": func(k *Kit) {
-		k.needIDs()
 		k.union(file("f", "x"))
 		f := k.open("f", unix.O_RDONLY)
 		k.ok(unix.Fchmod(fd(f), 0o640))
@@ -307,6 +308,28 @@ var copyUpCases = withTriggers(map[string]func(*Kit){
 		st, err := f.Stat()
 		k.ok(err)
 		equal(k, "size", st.Size(), 7)
+	},
+	"fchmod of a lower file whose name is gone or another's": func(k *Kit) {
+		k.union(file("gone", "x"), file("taken", "y"))
+		a, b := k.open("gone", unix.O_RDONLY), k.open("taken", unix.O_RDONLY)
+		k.unlink("gone")
+		k.write("new", "z")
+		k.rename("new", "taken")
+		var st unix.Stat_t
+		k.ok(unix.Fstat(fd(a), &st))
+		equal(k, "no links are shown", st.Nlink == 0, k.differs(LostNames))
+		k.unlikeBy(LostNames)
+		errs := []error{unix.Fchmod(fd(a), 0o600), unix.Fchmod(fd(b), 0o600)}
+		if k.differs(LostNames) {
+			k.ok(errors.Join(errs...))
+		} else {
+			k.is(unix.EEXIST, errs[0])
+			k.is(unix.EEXIST, errs[1])
+		}
+		k.readsFile(a, "x")
+		k.readsFile(b, "y")
+		k.mode("taken", 0o644)
+		k.absent("gone")
 	},
 	"an upper file unlinked while open": func(k *Kit) {
 		k.union(dir("d"))
@@ -382,6 +405,7 @@ var copyUpCases = withTriggers(map[string]func(*Kit){
 		k.reads("f", "y")
 	},
 	"link of a lower file makes both names one file": func(k *Kit) {
+		k.needRoot("file handles")
 		k.union(file("a", "x"), dir("d"))
 		k.hardlink("a", "d/b")
 		k.nlink("a", 2)
@@ -537,7 +561,6 @@ func withTriggers(cases map[string]func(*Kit)) map[string]func(*Kit) {
 	for name, do := range triggers {
 		cases["by "+name] = func(k *Kit) { k.triggered(do) }
 		cases["by "+name+" with a file open"] = func(k *Kit) {
-			k.needIDs()
 			k.union(rich("f"))
 			f := k.open("f", unix.O_RDONLY)
 			do(k, "f")
@@ -564,7 +587,6 @@ func renamed(k *Kit, p string) string {
 // mount must show no difference.
 func (k *Kit) triggered(do func(k *Kit, p string)) {
 	k.Helper()
-	k.needIDs()
 	k.upper(rich("b/f"))
 	k.union(rich("a/f"), all(file("a/f", "content of b/f"), chmod("a/f", 0o4751)))
 	do(k, "a/f")
@@ -579,6 +601,3 @@ func (k *Kit) triggered(do func(k *Kit, p string)) {
 		k.Errorf("what was in a lower (+) differs from what was in the upper (-):\n%s", d)
 	}
 }
-
-// needIDs ends a case where only one id is mapped.
-func (k *Kit) needIDs() {}

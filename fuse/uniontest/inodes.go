@@ -36,6 +36,7 @@ var inodeCases = map[string]func(*Kit){
 		k.sameInode(func() { k.exchange("f", "g") }, "f>g", "g>f")
 	},
 	"over remount": func(k *Kit) {
+		k.needRoot("file handles")
 		k.union(file("d/f", "x"), file("lower", "l"), symlink("t", "d/l"), dir("e/s"))
 		k.chmod("d/f", 0o600)
 		k.write("new", "n")
@@ -43,6 +44,7 @@ var inodeCases = map[string]func(*Kit){
 		k.sameInode(k.remount, ".", "d", "d/f", "lower", "d/l", "e", "e/s", "new")
 	},
 	"over rename and remount": func(k *Kit) {
+		k.needRoot("file handles")
 		k.union(file("f", "x"), file("g", "y"), dir("d"))
 		k.sameInode(func() { k.rename("f", "d/h"); k.remount() }, "f>d/h", "g", "d")
 	},

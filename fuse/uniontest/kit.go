@@ -81,7 +81,16 @@ func (k *Kit) ov(name string) string {
 }
 
 // options adds mount options. It comes before layers that depend on them.
-func (k *Kit) options(o ...string) { k.spec = k.spec.with(o...) }
+func (k *Kit) options(o ...string) {
+	k.Helper()
+	k.spec = k.spec.with(o...)
+	if k.spec.option("index") == "on" {
+		k.needRoot("index=on, which wants file handles")
+	}
+	if k.spec.option("metacopy") == "on" {
+		k.needRoot("metacopy=on")
+	}
+}
 
 // lower adds a lower below those that are there, made by changes.
 func (k *Kit) lower(changes ...change) string {

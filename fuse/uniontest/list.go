@@ -25,6 +25,8 @@ type listing struct {
 	// comparable leaves out what two equal trees in two places may differ in:
 	// links of directories, file handles in overlay xattrs.
 	comparable bool
+	// noTimes leaves the times of regular files out.
+	noTimes bool
 }
 
 // lister lists one tree.
@@ -99,7 +101,9 @@ func (r *lister) describe(d *sys.Fd, name, path string, st *sys.Stat) string {
 	if !st.IsDir() { // a directory's size is about how it was made
 		fmt.Fprintf(&b, " size=%d", st.Size)
 	}
-	b.WriteString(" m=" + r.time(st.Mtime))
+	if !r.noTimes || !st.IsReg() {
+		b.WriteString(" m=" + r.time(st.Mtime))
+	}
 	if r.ctimes {
 		b.WriteString(" c=" + r.time(st.Ctime))
 	}

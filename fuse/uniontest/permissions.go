@@ -185,6 +185,20 @@ var permissionCases = map[string]func(*Kit){
 		k.mode("low", 0o6777)
 		k.mode("new", 0o6777)
 	},
+	"root's write to a file that got suid while it was open": func(k *Kit) {
+		k.union(file("x", "x"))
+		k.write("f", "x")
+		f := k.open("f", unix.O_RDWR)
+		k.chmod("f", 0o4755)
+		_, err := f.WriteAt([]byte("y"), 0)
+		k.ok(err)
+		want := uint32(0o4755)
+		if k.differs(SetIDLater) {
+			want = 0o755
+		}
+		k.mode("f", want)
+		k.unlikeBy(SetIDLater)
+	},
 	"sgid without x stays on a user's write": func(k *Kit) {
 		k.union(file("f", "x"), chown("f", alice, alice), chmod("f", 0o2666))
 		k.as(alice, alice, func() { k.appendTo("f", "y") })

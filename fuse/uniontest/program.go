@@ -19,7 +19,7 @@ import (
 //
 // options are given before those of each mount.
 func Program(path string, options ...string) *Subject {
-	p := program{path: path, options: options}
+	p := programFile{path: path, options: options}
 	return &Subject{Name: "program", Mount: p.mount, Differences: map[Difference]string{
 		NoClone:        "FUSE has no such operation",
 		NoShift:        "the kernel's FUSE refuses them itself (fs/fuse/file.c: fuse_file_fallocate)",
@@ -28,12 +28,14 @@ func Program(path string, options ...string) *Subject {
 		LinksLater:     "FUSE says which inode is opened, not by which name",
 		NoRepair:       "a lookup writes nothing; inode numbers are the same without",
 		UserRedirects:  "a directory of a lower could not be renamed otherwise by who is not root",
+		SetIDLater:     "in passthrough the kernel writes with the credentials that opened the file below; without CAP_FSETID among them no user's write leaves the bits",
+		LostNames:      "POSIX wants it; the kernel's copy-up needs the name and fails",
 		StrayWhiteouts: "so the kernel's documentation has it; the kernel itself lists such a file and does not find it",
 		InUseRefused:   "two servers on one upper corrupt it, so the second is refused whatever index says",
 	}}
 }
 
-type program struct {
+type programFile struct {
 	path    string
 	options []string
 }
@@ -66,7 +68,7 @@ func (s *syncBuffer) String() string {
 	return string(bytes.TrimSpace(s.b.Bytes()))
 }
 
-func (p program) mount(ctx context.Context, s Spec, target string) (Mounted, error) {
+func (p programFile) mount(ctx context.Context, s Spec, target string) (Mounted, error) {
 	before, err := sys.StatPath(target)
 	if err != nil {
 		return nil, err

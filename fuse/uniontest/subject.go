@@ -92,6 +92,12 @@ const (
 	NoRepair Difference = "missing origins"
 	// UserRedirects: redirects and metacopy work with userxattr.
 	UserRedirects Difference = "userxattr"
+	// SetIDLater: setuid and setgid bits that a file gets while it is open go at a
+	// write by root, too.
+	SetIDLater Difference = "setuid bits of open files"
+	// LostNames: fchmod, fchown and the like work on an open file of a lower whose
+	// name was removed or is another file's by now, and fstat shows no link.
+	LostNames Difference = "open files without names"
 	// StrayWhiteouts: a file with xattr whiteout in a directory that is not marked
 	// for such is a file like any other.
 	StrayWhiteouts Difference = "stray whiteouts"

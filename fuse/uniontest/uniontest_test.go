@@ -22,22 +22,59 @@ func TestKernel(t *testing.T) {
 // Our program, which must not differ but where it is said.
 func TestProgram(t *testing.T) {
 	testenv.Root(t)
+	Run(t, Config{Subject: program(t), FS: []string{"ext4"}})
+}
+
+func TestKernelUser(t *testing.T) {
+	testenv.Root(t)
+	RunUser(t, Config{Subject: Kernel()})
+}
+
+func TestProgramUser(t *testing.T) {
+	testenv.Root(t)
+	RunUser(t, Config{Subject: program(t)})
+}
+
+// The kernel differs from itself in nothing: what the differential test finds is
+// not of its own making.
+func TestDifferentialKernel(t *testing.T) {
+	testenv.Root(t)
+	Differential(t, Kernel())
+}
+
+func TestDifferential(t *testing.T) {
+	testenv.Root(t)
+	Differential(t, program(t))
+}
+
+// program is our program as the kernel's counterpart: what it would do otherwise
+// for fuse-overlayfs's or a user's sake is switched off.
+func program(t *testing.T) *Subject {
+	t.Helper()
 	path, err := buildProgram()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(filepath.Dir(path)) })
 	s := Program(path, "aufs_whiteouts=0", "dev", "suid")
 	s.Defects = map[string]string{
 		"ext4/locks/file_handles_with_nfs_export=on": "handles do not outlive the kernel's memory of a file",
 	}
-	Run(t, Config{Subject: s, FS: []string{"ext4"}})
+	return s
 }
+
+// envProgram names the program in a process that a test starts.
+const envProgram = "LAYERCTL_UNIONTEST_PROGRAM"
 
 // buildProgram builds the program once for all tests.
 var buildProgram = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "uniontest")
+	if path := os.Getenv(envProgram); path != "" {
+		return path, nil
+	}
+	dir, err := os.MkdirTemp(testenv.ScratchDir(), "")
 	if err != nil {
+		return "", err
+	}
+	if err := os.Chmod(dir, 0o755); err != nil {
 		return "", err
 	}
 	path := filepath.Join(dir, "fuse-layerfs")
@@ -46,5 +83,5 @@ var buildProgram = sync.OnceValues(func() (string, error) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("%w: %s", err, out)
 	}
-	return path, nil
+	return path, os.Setenv(envProgram, path)
 })

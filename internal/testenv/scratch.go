@@ -71,6 +71,10 @@ func openScratch() (cleanup func(), err error) {
 	return cleanup, err
 }
 
+// ScratchDir is a directory that is removed after the last test of the package:
+// for what several tests share.
+func ScratchDir() string { return scratch }
+
 // Scratch returns a new directory with a short path (some 20 bytes), in memory
 // where possible, removed at the end of the test.
 func Scratch(t testing.TB) string {

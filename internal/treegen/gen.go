@@ -297,6 +297,24 @@ func (g *Gen) fresh() string {
 	return parent + "/" + name
 }
 
+// Path draws a path that most likely exists: of a file with files, of anything
+// else too without. It is for verbs of others, beside those that Next draws.
+func (g *Gen) Path(files bool) string {
+	if files {
+		return g.pick(file)
+	}
+	return g.any()
+}
+
+// Dir draws the path of a directory that most likely exists.
+func (g *Gen) Dir() string { return g.pick(dir) }
+
+// Fresh draws a path that may or may not be there.
+func (g *Gen) Fresh() string { return g.fresh() }
+
+// Note takes the effect of an Op that was drawn otherwise into the model.
+func (g *Gen) Note(o Op) { g.track(o) }
+
 // any is an existing path, seldom the root or one that is not there.
 func (g *Gen) any() string { return g.pick(dir, file, link, special) }
 

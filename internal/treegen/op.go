@@ -71,6 +71,7 @@ type Op struct {
 	Value string
 	Sec   int64 // the time that what the Op touches gets
 	Nsec  uint32
+	Slot  uint32 // for verbs of others that work on open files: which
 }
 
 // String prints the Op on one line that Parse reads.
@@ -105,6 +106,7 @@ func (o Op) String() string {
 	text("value", o.Value)
 	num("sec", o.Sec)
 	num("nsec", int64(o.Nsec))
+	num("slot", int64(o.Slot))
 	return b.String()
 }
 
@@ -168,7 +170,7 @@ func (o *Op) set(key, value string) error {
 		*p = value
 		return nil
 	}
-	small := map[string]*uint32{"mode": &o.Mode, "uid": &o.UID, "gid": &o.GID, "major": &o.Major, "minor": &o.Minor, "nsec": &o.Nsec}
+	small := map[string]*uint32{"mode": &o.Mode, "uid": &o.UID, "gid": &o.GID, "major": &o.Major, "minor": &o.Minor, "nsec": &o.Nsec, "slot": &o.Slot}
 	if p := small[key]; p != nil {
 		n, err := strconv.ParseUint(value, 0, 32)
 		*p = uint32(n)

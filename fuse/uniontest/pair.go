@@ -1,0 +1,171 @@
+package uniontest
+
+import (
+	"fmt"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/treegen"
+)
+
+// pair is the two sides, the kernel's first.
+type pair struct {
+	*differential
+	sides []*side
+}
+
+// each does something to both sides.
+func (p *pair) each(f func(*side) error) error {
+	for _, s := range p.sides {
+		if err := f(s); err != nil {
+			return fmt.Errorf("%s: %w", s.subject.Name, err)
+		}
+	}
+	return nil
+}
+
+// end unmounts what a difference left mounted.
+func (p *pair) end() {
+	_ = p.each(func(s *side) error {
+		if err := s.unmount(); err != nil {
+			_ = sys.Umount(s.mnt, sys.MNT_DETACH)
+			p.Errorf("unmount %s: %v", s.subject.Name, err)
+		}
+		return nil
+	})
+}
+
+func (p *pair) mount() error { return p.each(func(s *side) error { return s.mount(p.Context()) }) }
+
+func (p *pair) unmount() error { return p.each((*side).unmount) }
+
+func (p *pair) run(ops []treegen.Op) error {
+	if err := p.mount(); err != nil {
+		return err
+	}
+	for i, o := range ops {
+		p.ops++
+		if err := p.step(o); err != nil {
+			return fmt.Errorf("operation %d, %s: %w", i+1, o, err)
+		}
+	}
+	if err := p.compare("in the end"); err != nil {
+		return err
+	}
+	return p.swap()
+}
+
+// step does one operation on both sides.
+func (p *pair) step(o treegen.Op) error {
+	switch {
+	case o.Verb == opRemount:
+		if err := p.unmount(); err != nil {
+			return err
+		}
+		return p.mount()
+	case o.Verb == opDrop:
+		return os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0)
+	case p.avoided(o):
+		return nil
+	}
+	var said []string
+	for _, s := range p.sides {
+		said = append(said, s.do(o))
+	}
+	if said[0] != said[1] && !p.lost(o, said[0], said[1]) {
+		return fmt.Errorf("\n%10s: %s\n%10s: %s", p.sides[0].subject.Name, said[0], p.sides[1].subject.Name, said[1])
+	}
+	return nil
+}
+
+// links is a link count in an answer.
+var links = regexp.MustCompile(` n=[0-9]+`)
+
+// lost reports whether two answers differ only in what the kernel does with an
+// open file of a lower whose name is gone or another file's: it shows the lower's
+// link count, and cannot change attributes, since to copy the file up it wants the
+// name. Then both sides close the file.
+func (p *pair) lost(o treegen.Op, kernel, other string) bool {
+	errno, _, _ := strings.Cut(kernel, " ")
+	switch {
+	case p.sides[1].subject.differs(LostNames) == "":
+		return false
+	case o.Verb == opFstat:
+		return strings.Contains(other, " n=0 ") && links.ReplaceAllString(kernel, "") == links.ReplaceAllString(other, "")
+	case o.Verb != opFchmod || !slices.Contains([]string{"EEXIST", "ENOENT", "ESTALE"}, errno):
+		return false
+	}
+	for _, s := range p.sides {
+		s.open[o.Slot].Close()
+		delete(s.open, o.Slot)
+	}
+	return true
+}
+
+// avoided reports whether an operation would meet a named difference.
+func (p *pair) avoided(o treegen.Op) bool {
+	if p.sides[1].subject.differs(SetIDLater) == "" {
+		return false
+	}
+	const setID = unix.S_ISUID | unix.S_ISGID
+	slot := o.Slot
+	switch o.Verb {
+	case treegen.Write, treegen.Append:
+		st, err := p.sides[0].stat(o.Path)
+		return err == nil && st.Mode&setID != 0
+	case opCopy:
+		slot = o.Major
+	case opPwrite, opMmap, opFalloc, opFtrunc:
+	default:
+		return false
+	}
+	f := p.sides[0].open[slot]
+	if f == nil {
+		return false
+	}
+	var st unix.Stat_t
+	return unix.Fstat(fd(f), &st) == nil && st.Mode&setID != 0
+}
+
+// compare compares the two trees as they are shown.
+func (p *pair) compare(when string) error {
+	var trees [2][]string
+	for i, s := range p.sides {
+		l := s.list
+		l.noTimes = s.noTimes
+		lines, err := l.list(s.mnt)
+		if err != nil {
+			return fmt.Errorf("list %s: %w", s.subject.Name, err)
+		}
+		trees[i] = lines
+	}
+	if d := difference(trees[0], trees[1]); d != "" {
+		return fmt.Errorf("%s %s (+) shows otherwise than %s (-):\n%s", when, p.sides[1].subject.Name, p.sides[0].subject.Name, d)
+	}
+	return nil
+}
+
+// swap mounts each upper again, then by the other: both must show the same still.
+func (p *pair) swap() error {
+	for i, when := range []string{"mounted again", "each mounted by the other"} {
+		if err := p.unmount(); err != nil {
+			return err
+		}
+		if i == 1 {
+			a, b := p.sides[0], p.sides[1]
+			a.subject, b.subject = b.subject, a.subject
+		}
+		if err := p.mount(); err != nil {
+			return fmt.Errorf("%s: %w", when, err)
+		}
+		if err := p.compare(when); err != nil {
+			return err
+		}
+	}
+	return nil
+}
