@@ -109,6 +109,30 @@ func (p *pair) lost(o treegen.Op, kernel, other string) bool {
 
 // avoided reports whether an operation would meet a named difference.
 func (p *pair) avoided(o treegen.Op) bool {
+	return p.setIDWrite(o) || p.failedRename(o)
+}
+
+// failedRename reports whether a directory would be renamed onto one with names.
+func (p *pair) failedRename(o treegen.Op) bool {
+	if o.Verb != treegen.Rename || p.sides[1].subject.differs(FailedRenames) == "" {
+		return false
+	}
+	s := p.sides[0]
+	st, err := s.stat(o.Path)
+	if err != nil || !st.IsDir() {
+		return false
+	}
+	d, err := s.openDir(o.To)
+	if err != nil {
+		return false
+	}
+	defer d.Close()
+	names, err := d.ReadDir()
+	return err == nil && len(names) > 0
+}
+
+// setIDWrite reports whether a file with setuid or setgid bits would be written.
+func (p *pair) setIDWrite(o treegen.Op) bool {
 	if p.sides[1].subject.differs(SetIDLater) == "" {
 		return false
 	}

@@ -94,7 +94,7 @@ func (k *Kit) renames(from state, flags []renameFlag, redirect bool) {
 		k.options("redirect_dir=on")
 	}
 	if from.kind == "dir" && flags[0].bits == 0 {
-		k.unlike = "where the target is not empty the kernel has changed the upper before it says so"
+		k.unlikeBy(FailedRenames)
 	}
 	var lower, upper []change
 	var then []func()
@@ -226,6 +226,20 @@ var otherRenames = map[string]func(*Kit){
 		k.is(unix.ENOTEMPTY, k.tryRename("d/s", "d", 0))
 		k.is(unix.EINVAL, k.tryRename("d", "d/s", unix.RENAME_EXCHANGE))
 		k.is(unix.EINVAL, k.tryRename("d/s", "d", unix.RENAME_EXCHANGE))
+	},
+	"a directory of a lower onto one of the upper with names": func(k *Kit) {
+		k.options("redirect_dir=on")
+		k.upper(file("b/f", "y"))
+		k.union(file("a/f", "x"))
+		k.unlikeBy(FailedRenames)
+		k.is(unix.ENOTEMPTY, k.tryRename("a", "b", 0))
+		if k.differs(FailedRenames) {
+			k.upperHolds(".", "b")
+		} else {
+			k.upperHolds(".", "a", "b")
+		}
+		k.reads("a/f", "x")
+		k.reads("b/f", "y")
 	},
 	"flags that exclude each other": func(k *Kit) {
 		k.union(file("a", "x"), file("b", "y"))

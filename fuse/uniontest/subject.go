@@ -98,6 +98,9 @@ const (
 	// LostNames: fchmod, fchown and the like work on an open file of a lower whose
 	// name was removed or is another file's by now, and fstat shows no link.
 	LostNames Difference = "open files without names"
+	// FailedRenames: a rename onto a directory that is not empty leaves everything
+	// as it was.
+	FailedRenames Difference = "renames that fail"
 	// StrayWhiteouts: a file with xattr whiteout in a directory that is not marked
 	// for such is a file like any other.
 	StrayWhiteouts Difference = "stray whiteouts"
