@@ -147,6 +147,9 @@ func (d *differential) run(ops []treegen.Op) (err error) {
 			return err
 		}
 		one.list.since = now(d)
+		// which names of a file come into the upper says which directories merge,
+		// and those show one link
+		one.noLinks = slices.Contains(options, "index=on") && d.subject.differs(LinksLater) != ""
 		p.sides = append(p.sides, one)
 	}
 	return p.run(rest)

@@ -25,6 +25,7 @@ type side struct {
 	open    map[uint32]*os.File
 	list    listing
 	noTimes bool // files' times may differ
+	noLinks bool // directories' link counts may differ
 }
 
 func (s *side) mount(ctx context.Context) (err error) {
@@ -147,11 +148,13 @@ func (s *side) attrs(st *sys.Stat) string {
 	if s.noTimes && st.IsReg() {
 		times = ""
 	}
-	size := ""
+	links, size := fmt.Sprintf(" n=%d", st.Nlink), ""
 	if !st.IsDir() {
 		size = fmt.Sprintf(" size=%d", st.Size)
+	} else if s.noLinks {
+		links = ""
 	}
-	return fmt.Sprintf("%s %04o %d:%d n=%d%s%s", typeNames[st.Type()], st.Mode&0o7777, st.UID, st.GID, st.Nlink, size, times)
+	return fmt.Sprintf("%s %04o %d:%d%s%s%s", typeNames[st.Type()], st.Mode&0o7777, st.UID, st.GID, links, size, times)
 }
 
 // act does what an operation says.
