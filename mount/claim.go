@@ -214,12 +214,16 @@ func claimant(dir string) string {
 // throw-away overlay, never mounted, has them as lowers, and an upper of its own
 // on an unattached tmpfs. With index=on the kernel answers EBUSY to a lower that is
 // another mount's upper or work (fs/overlayfs/super.c: ovl_get_layers,
-// ovl_report_in_use; seen on 6.18). It reads the directories and writes nothing
+// ovl_report_in_use; seen on 6.1 and 6.18). It reads the directories and writes nothing
 // to them. The mark is on the inode, so the mount's namespace does not matter.
 //
 // overlayfs turns index off by itself where it may not use file handles: in a
 // user namespace, or for lowers on a file system without them. Then no index
 // directory appears in the throw-away work, and the answer is Unknown.
+//
+// Before 6.15 the layers of an overlay must be in the caller's mount namespace
+// (fs/namespace.c: clone_private_mount), so the tmpfs is attached there in a mount
+// namespace for the moment, and covers the workdir, which was opened before.
 func probeUse(upper, work string) (kprobe.Answer, error) {
 	scratch, err := detachedTmpfs("u", "w")
 	if err != nil {
@@ -231,7 +235,31 @@ func probeUse(upper, work string) (kprobe.Answer, error) {
 		layers: &Layers{Lowers: []string{upper, work}, Upper: scratch.ProcPath() + "/u", Work: scratch.ProcPath() + "/w"},
 		params: []param{{"index", "on", true}, {"redirect_dir", "off", true}, {"metacopy", "off", true}},
 	}
-	c, err := p.instance(p.setLayers)
+	if layerByLayer().Answer == kprobe.Yes {
+		a, err := p.probe(scratch, p.setLayers)
+		if a != kprobe.Unknown || !errors.Is(err, syscall.EINVAL) {
+			return a, err
+		}
+	}
+	a := kprobe.Unknown
+	err = inPrivateNamespace(func() (err error) {
+		lowers, err := openLayers(p.layers.Lowers)
+		defer closeAll(lowers)
+		if err == nil {
+			err = scratch.MoveTo(lowers[1])
+		}
+		if err == nil {
+			a, err = p.probe(scratch, func(c *sys.FsContext) error { return p.setPage(c, lowers) })
+		}
+		return err
+	})
+	return a, err
+}
+
+// probe makes the throw-away overlay, whose upper and work are on scratch, and
+// says what came of it.
+func (p *plan) probe(scratch *sys.Fd, layers func(*sys.FsContext) error) (kprobe.Answer, error) {
+	c, err := p.instance(layers)
 	if errors.Is(err, syscall.EBUSY) {
 		return kprobe.Yes, err
 	}
@@ -239,15 +267,43 @@ func probeUse(upper, work string) (kprobe.Answer, error) {
 		return kprobe.Unknown, err
 	}
 	defer c.Close()
-	w, err := sys.OpenDir(scratch.ProcPath() + "/w")
-	if err != nil {
-		return kprobe.Unknown, err
-	}
-	defer w.Close()
-	if _, err := w.Stat("index"); err != nil {
+	if _, err := scratch.Stat("w/index"); err != nil {
 		return kprobe.Unknown, err
 	}
 	return kprobe.No, nil
+}
+
+// setPage names the layers in the words of mount(2), the lowers by descriptor: so
+// they are short, and no byte of a name divides anything.
+func (p *plan) setPage(c *sys.FsContext, lowers []*sys.Fd) error {
+	var names []string
+	for _, l := range lowers {
+		names = append(names, l.ProcPath())
+	}
+	for _, o := range []param{{"source", p.source, true}, {"lowerdir", strings.Join(names, ":"), true},
+		{"upperdir", p.layers.Upper, true}, {"workdir", p.layers.Work, true}} {
+		if err := setParam(c, o); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func openLayers(dirs []string) (open []*sys.Fd, err error) {
+	for _, dir := range dirs {
+		f, err := sys.Open(dir, sys.O_PATH|sys.O_DIRECTORY, 0)
+		if err != nil {
+			return open, err
+		}
+		open = append(open, f)
+	}
+	return open, nil
+}
+
+func closeAll(open []*sys.Fd) {
+	for _, f := range open {
+		f.Close()
+	}
 }
 
 // detachedTmpfs makes a tmpfs that is attached nowhere, with directories in it.
