@@ -1,0 +1,26 @@
+#!/bin/sh
+# test-vm.sh: the tests that need a kernel with device-mapper, project quota or an
+# older overlayfs, in guests of User Mode Linux (go doc ./internal/testenv/vm).
+# Where the host's kernel has device-mapper its tests run on the host, too.
+set -eu
+vm="$PWD/bin/vm"
+mkdir -p bin
+CGO_ENABLED=0 go build -o "$vm" ./internal/testenv/vm/cmd
+for kernel in new stable; do
+	"$vm" -kernel $kernel -install # ends here if a kernel cannot be had
+done
+
+# KERNEL [go test flags] PACKAGES
+in_guest() {
+	kernel=$1
+	shift
+	echo "== $* on the kernel $kernel"
+	scripts/gotest.sh -exec "$vm -kernel $kernel" "$@"
+}
+
+echo "== the guests themselves"
+LAYERCTL_VM=new go test -count=1 ./internal/testenv/vm
+LAYERCTL_VM=stable go test -count=1 -run 'Guest|PowerCut' ./internal/testenv/vm
+in_guest new -run 'TestQuota$' ./overlay
+in_guest stable -run 'TestQuota$' ./overlay
+in_guest stable ./mount
