@@ -11,7 +11,7 @@ ifeq ($(shell id -u),0)
 export LAYERCTL_EXPECT := root
 endif
 
-.PHONY: differential test-vm all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman images install man clean
+.PHONY: differential test-vm all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman suite-podman-times images install man clean
 
 all: build
 
@@ -93,6 +93,8 @@ suite-stress-ng: ## slow, needs root: stress-ng's filesystem class
 suite-podman: ## slow, needs root: Podman and Buildah, as root and rootless
 	scripts/suites/podman.sh "$(KIND)" root
 	scripts/suites/podman.sh "$(KIND)" rootless
+suite-podman-times: ## slow, needs root: how long Podman takes with KIND, the kernel and fuse-overlayfs
+	scripts/suites/podman.sh "$(KIND)" times
 
 images: build ## slow: a real six-layer Debian image for trials, into out/images
 	scripts/make-images.sh out/images

@@ -199,6 +199,24 @@ func TestForeground(t *testing.T) {
 	}
 }
 
+// A daemon that crashed had left nothing that says where.
+func TestCrashIsInTheLog(t *testing.T) {
+	dir := layers(t)
+	cmd := program("-f", "-o", "lowerdir=l,upperdir=u,workdir=w,log=log", "m")
+	cmd.Dir = dir
+	must(t, cmd.Start())
+	m := filepath.Join(dir, "m")
+	eventually(t, "mounted", func() bool { return mountLine(t, m) != "" })
+	must(t, cmd.Process.Signal(syscall.SIGABRT))
+	if err := cmd.Wait(); err == nil {
+		t.Error("it goes on after SIGABRT")
+	}
+	must(t, sys.Umount(m, sys.MNT_DETACH))
+	if b, err := os.ReadFile(filepath.Join(dir, "log")); err != nil || !bytes.Contains(b, []byte("goroutine ")) {
+		t.Errorf("the log is %q, %v", b, err)
+	}
+}
+
 // As mount(8) calls it: through mount.fuse3, which runs it by a shell.
 func TestMount8(t *testing.T) {
 	if _, err := os.Stat("/sbin/mount.fuse3"); err != nil {

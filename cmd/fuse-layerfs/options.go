@@ -61,9 +61,12 @@ var settings = map[string]setting{
 	"metacopy":       func(o *options, v string) error { return parseBool(&o.union.Metacopy, v) },
 	"index":          func(o *options, v string) error { return parseBool(&o.union.Index, v) },
 	"nfs_export":     func(o *options, v string) error { return parseBool(&o.union.NFSExport, v) },
-	"xino":           oneOf("on", "off", "auto"), // numbers are stable always
-	"uuid":           oneOf("on", "off", "auto", "null"),
-	"verity":         oneOf("off"),
+	"xino": func(o *options, v string) error { // numbers are stable always
+		o.union.Xino = v == "on"
+		return oneOf("on", "off", "auto")(o, v)
+	},
+	"uuid":   oneOf("on", "off", "auto", "null"),
+	"verity": oneOf("off"),
 	"xattr_permissions": func(o *options, v string) error {
 		n, err := strconv.ParseUint(v, 10, 8)
 		if err != nil || n > uint64(union.PermissionsContainers) {

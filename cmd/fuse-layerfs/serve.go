@@ -175,6 +175,9 @@ func openLog(path string, stderr io.Writer) (*logger, error) {
 		return &logger{w: stderr}, nil
 	}
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err == nil { // a daemon has no other place where a crash could leave its stacks
+		err = debug.SetCrashOutput(f, debug.CrashOptions{})
+	}
 	return &logger{w: f, file: f}, err
 }
 

@@ -12,6 +12,7 @@ type Config struct {
 	Metacopy  bool // copy up metadata alone where that is enough, and read such files
 	Index     bool // keep hard links over copy-up, in work/index
 	NFSExport bool // file handles that survive Forget, in work/index
+	Xino      bool // xino=on was asked for: new directories are opaque, as the kernel's
 	Volatile  bool // flush nothing; leaves work/work/incompat/volatile while mounted
 	Xattrs    XattrMode
 	ReadOnly  bool // with an Upper that is shown but not written

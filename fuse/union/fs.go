@@ -81,7 +81,7 @@ func Open(ctx context.Context, c Config) (_ *FS, err error) {
 	if fs.dirs.max == 0 {
 		fs.dirs.max = defaultDirs()
 	}
-	fs.hidesNew = c.Index || c.Metacopy || c.Redirect == RedirectOn
+	fs.hidesNew = c.Index || c.Metacopy || c.Xino || c.Redirect == RedirectOn
 	if err := fs.openRoot(); err != nil {
 		return nil, fmt.Errorf("union: %w", err)
 	}

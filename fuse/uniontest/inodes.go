@@ -97,6 +97,16 @@ var inodeCases = map[string]func(*Kit){
 			seen[i] = n
 		}
 	},
+	"d_ino of a name linked into a listed directory": func(k *Kit) {
+		k.options("xino=on")
+		k.union(file("a", "x"))
+		k.makedir("d")
+		k.rename("a", "d/b")
+		k.dirents("d")
+		k.hardlink("d/b", "c")
+		k.hardlink("c", "d/e")
+		equal(k, "the list shows another number", k.dirents("d")["e"].ino != k.inode("d/e").ino, !k.differs(TrueNumbers))
+	},
 	"d_ino equals st_ino": func(k *Kit) {
 		k.lower(file("d/a", "1"), dir("d/s"))
 		k.union(file("d/b", "2"), file("d/c", "3"), dir("d/s"), symlink("x", "d/l"))

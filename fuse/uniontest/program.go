@@ -31,6 +31,7 @@ func Program(path string, options ...string) *Subject {
 		SetIDLater:     "in passthrough the kernel writes with the credentials that opened the file below; without CAP_FSETID among them no user's write leaves the bits",
 		LostNames:      "POSIX wants it; the kernel's copy-up needs the name and fails",
 		FailedRenames:  "the kernel copies up, sets redirects and changes mtimes before it finds names in an upper directory",
+		TrueNumbers:    "the kernel keeps a directory's numbers, and a link or rename into it without whiteouts does not renew them",
 		StrayWhiteouts: "so the kernel's documentation has it; the kernel itself lists such a file and does not find it",
 		InUseRefused:   "two servers on one upper corrupt it, so the second is refused whatever index says",
 	}}

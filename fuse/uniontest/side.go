@@ -300,6 +300,9 @@ func (s *side) two(d *sys.Fd, name string, o treegen.Op) error {
 	return d.Rename(name, to, toName, 0)
 }
 
+// untrueNumber is said of a name in a list.
+const untrueNumber = " d_ino is not st_ino"
+
 // readdir lists a directory, and checks that d_ino is st_ino and nothing is there
 // twice.
 func (s *side) readdir(p string) (string, error) {
@@ -322,7 +325,7 @@ func (s *side) readdir(p string) (string, error) {
 				text += " twice"
 			}
 			if st, err := d.Stat(e.name); err == nil && st.Ino != e.ino && e.name != ".." {
-				text += " d_ino is not st_ino"
+				text += untrueNumber
 			}
 			names = append(names, text)
 		}

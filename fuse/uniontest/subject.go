@@ -101,6 +101,8 @@ const (
 	// FailedRenames: a rename onto a directory that is not empty leaves everything
 	// as it was.
 	FailedRenames Difference = "renames that fail"
+	// TrueNumbers: d_ino is st_ino for every name, whatever was listed before.
+	TrueNumbers Difference = "numbers in a list"
 	// StrayWhiteouts: a file with xattr whiteout in a directory that is not marked
 	// for such is a file like any other.
 	StrayWhiteouts Difference = "stray whiteouts"

@@ -48,6 +48,7 @@ run fsx.mapped $x -f -y "$m/fsx/mapped"
 run fsstress $limit "$fsstress" -f mknod=0 -d "$m/stress" -s "$seed" -n 400 -p 2
 run fsstress.long $limit "$fsstress" -d "$m/stress" -s $((seed + 1)) --duration="$seconds" -p 4
 sync
+run server.alive stat "$m/fsx" # fsstress takes a server that died for an answer
 listing "$m" >"$results/tree"
 run remount union_umount "$m"
 union_mount "$l" "$u" "$w" "$m"

@@ -1,15 +1,22 @@
 #!/bin/sh
-# podman.sh KIND [root|rootless] [ROUNDS]: Podman and Buildah (Debian packages) with the
-# kernel's overlayfs, or with a program as containers/storage's mount_program: import,
+# podman.sh KIND [root|rootless|times] [ROUNDS]: Podman and Buildah (Debian packages) with
+# the kernel's overlayfs, or with a program as containers/storage's mount_program: import,
 # save, load, run, diff, commit, export, build with RUN, Buildah's from, run, copy and
 # commit. The image is busybox and the Go toolchain's tree.
 #
-# What diff, export and the committed layer say is compared with what the kernel's
-# overlayfs said, in the same run. Prints the milliseconds of each step, least of ROUNDS (1).
+# What export and the committed layer say is compared with what the kernel's overlayfs
+# said, in the same run; what diff says with fuse-overlayfs, if it is installed, since
+# containers/storage walks both trees for every mount_program, and folds nothing as it
+# does for the kernel's. Prints the milliseconds of each step, least of ROUNDS (1).
+#
+# times: as root, ROUNDS (5) of run, change, diff, commit and build by the kernel, the
+# program and fuse-overlayfs in turn; prints medians, and the program's ratio to each.
 . "$(dirname "$0")/suite.sh"
-usage='usage: podman.sh KIND [root|rootless] [ROUNDS]'
+usage='usage: podman.sh KIND [root|rootless|times] [ROUNDS]'
 use_kind "${1:?$usage}"
-who=${2:-root} rounds=${3:-1}
+who=${2:-root}
+if [ "$who" = times ]; then rounds=${3:-5}; else rounds=${3:-1}; fi
+peer=$(command -v fuse-overlayfs)
 for p in podman buildah runc busybox; do command -v $p >/dev/null || die "no $p is installed"; done
 tree=${SUITE_TREE:-$(go env GOROOT)}
 [ -d "$tree" ] || die "no tree $tree"
@@ -75,12 +82,21 @@ END
 [ "$who" = root ] || chown -R 3001:3001 "$work"
 
 limits='--ulimit nofile=20000:20000 --ulimit nproc=20000:20000'
+# name KIND: what its files are called by.
+name() {
+	case $1 in
+	kernel) echo kernel ;;
+	"$kind") echo program ;;
+	*) echo peer ;;
+	esac
+}
+
 # engine KIND TOOL ARGUMENTS...
 engine() {
 	k=$1 tool=$2
 	shift 2
-	program= n=kernel
-	[ "$k" = kernel ] || { n=program; program="--storage-opt overlay.mount_program=$k"; }
+	program= n=$(name "$k")
+	[ "$k" = kernel ] || program="--storage-opt overlay.mount_program=$k"
 	more=
 	[ "$tool" = podman ] && more="--runtime runc --cgroup-manager cgroupfs --events-backend file --tmpdir $work/tmp.$n"
 	# shellcheck disable=SC2086
@@ -106,8 +122,7 @@ contents() { tar --numeric-owner -tvf "$1" | sed -E 's/ +/ /g' | sed -E 's/ [0-9
 
 # no times: those of this run differ from those of the other
 go() {
-	k=$1 n=kernel
-	[ "$k" = kernel ] || n=program
+	k=$1 n=$(name "$1")
 	e="engine $k"
 	run="--network none"
 	step import $e podman import "$work/root.tar" localhost/base
@@ -134,16 +149,86 @@ go() {
 	sort -o "$results/$n.diff" "$results/$n.diff"
 	$as rm -f "$work/export.$n.tar"
 	step rmi.all $e podman rmi -a -f
+	gone
+}
+
+# gone removes the store of the engine $e, $n.
+gone() {
 	if [ "$who" = rootless ]; then
-		$e podman unshare rm -rf "$work/root.$n" "$work/run.$n"
+		# podman has bound it to itself, in the namespace that it keeps
+		$e podman unshare sh -c 'umount "$1/overlay"; rm -rf "$1" "$2"' - "$work/root.$n" "$work/run.$n"
 	else
 		for m in $(mounts_below "$work/root.$n"); do umount "$m"; done
 		rm -rf "$work/root.$n" "$work/run.$n"
 	fi
 }
 
+# peers_diff: what diff says with the peer.
+peers_diff() {
+	[ -n "$peer" ] && [ "$kind" != kernel ] || return
+	n=peer e="engine $peer"
+	# shellcheck disable=SC2086
+	{
+		$e podman import "$work/root.tar" localhost/base &&
+			$e podman run --name c --network none $limits -v "$work/change:/change:ro" localhost/base sh /change &&
+			$e podman diff c | sort >"$results/peer.diff" && [ -s "$results/peer.diff" ]
+		$e podman rm -f c
+		gone
+	} >"$results/peer.log" 2>&1
+}
+
+# timed KIND: one round.
+timed() {
+	k=$1 n=$(name "$1")
+	e="engine $k"
+	# shellcheck disable=SC2086
+	step run $e podman run --rm --network none $limits localhost/base true
+	step change $e podman run --name c --network none $limits -v "$work/change:/change:ro" localhost/base sh /change
+	step diff $e podman diff c
+	step commit $e podman commit -q c localhost/changed
+	step build $e podman build -q $limits --network none --no-cache -t localhost/built "$work/context"
+	{ $e podman rm -f c; $e podman rmi -f localhost/changed localhost/built; } >>"$results/$n.rest" 2>&1
+}
+
+# medians of a file of names and milliseconds.
+medians() { sort -k1,1 -k2,2n "$1" | awk '{ t[$1] = t[$1] " " $2 } END { for (s in t) { c = split(t[s], v, " "); print s, v[int((c + 1) / 2)] } }' | sort; }
+
+race() {
+	kinds="kernel${peer:+ $peer}"
+	[ "$kind" = kernel ] || kinds="kernel $kind${peer:+ $peer}"
+	for k in $kinds; do
+		n=$(name "$k") e="engine $k"
+		step import $e podman import "$work/root.tar" localhost/base
+		rm "$results/$n.times"
+	done
+	for _ in $(seq "$rounds"); do
+		for k in $kinds; do timed "$k"; done
+	done
+	for k in $kinds; do
+		n=$(name "$k") e="engine $k"
+		medians "$results/$n.times" >"$results/$n.medians"
+		$e podman rmi -a -f >/dev/null 2>&1
+		gone
+	done
+	[ "$kind" = kernel ] && return
+	echo "ms, medians of $rounds: $(basename "$kind"), kernel (its ratio)${peer:+, fuse-overlayfs (its ratio)}"
+	while read -r s ours; do
+		line="$s $ours"
+		for n in kernel peer; do
+			theirs=$(awk -v s="$s" '$1 == s { print $2 }' "$results/$n.medians" 2>/dev/null)
+			[ -z "$theirs" ] || line="$line, $theirs ($(awk -v a="$ours" -v b="$theirs" 'BEGIN { printf "%.2f", a / b }'))"
+		done
+		echo "$line"
+	done <"$results/program.medians"
+}
+
 least() { sort -k1,1 -k2,2n "$1" | awk '!seen[$1]++ { printf "%s %s; ", $1, $2 }'; }
 
+if [ "$who" = times ]; then
+	race
+	summary "$who"
+	exit
+fi
 for _ in $(seq "$rounds"); do
 	go kernel
 	[ "$kind" = kernel ] || go "$kind"
@@ -151,12 +236,14 @@ done
 echo "podman $who, kernel, ms: $(least "$results/kernel.times")"
 if [ "$kind" != kernel ]; then
 	echo "podman $who, $(basename "$kind"), ms: $(least "$results/program.times")"
-	for f in diff export committed built; do
-		if cmp -s "$results/kernel.$f" "$results/program.$f"; then
+	same="kernel.export kernel.committed kernel.built"
+	peers_diff && same="$same peer.diff"
+	for f in $same; do
+		if cmp -s "$results/$f" "$results/program.${f#*.}"; then
 			passed=$((passed + 1))
 		else
-			fail "same.$f"
-			diff "$results/kernel.$f" "$results/program.$f" | head -8
+			fail "same.${f#*.}"
+			diff "$results/$f" "$results/program.${f#*.}" | head -8
 		fi
 	done
 fi

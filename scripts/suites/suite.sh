@@ -68,7 +68,8 @@ union_umount() {
 
 # abort_fuse MNT: ends the connection, so that nobody waits for its server.
 abort_fuse() {
-	number=$(awk -v m="$1" '$5 == m { split($3, d, ":"); print d[2] }' /proc/self/mountinfo | tail -1)
+	# the number of a loop device may be that of a connection
+	number=$(awk -v m="$1" '$5 == m { number = ""; if (/ - fuse/) { split($3, d, ":"); number = d[2] } } END { print number }' /proc/self/mountinfo)
 	[ -n "$number" ] && [ -e "/sys/fs/fuse/connections/$number/abort" ] &&
 		echo 1 >"/sys/fs/fuse/connections/$number/abort"
 }
