@@ -15,12 +15,18 @@ in_guest() {
 	kernel=$1
 	shift
 	echo "== $* on the kernel $kernel"
-	scripts/gotest.sh -exec "$vm -kernel $kernel" "$@"
+	LAYERCTL_EXPECT_DM=1 scripts/gotest.sh -exec "$vm -kernel $kernel" "$@"
 }
 
 echo "== the guests themselves"
 LAYERCTL_VM=new go test -count=1 ./internal/testenv/vm
 LAYERCTL_VM=stable go test -count=1 -run 'Guest|PowerCut' ./internal/testenv/vm
+if [ -e /dev/mapper/control ]; then
+	echo "== ./devmapper/... on this machine"
+	scripts/gotest.sh -exec env ./devmapper/...
+fi
+in_guest new ./devmapper/...
+in_guest stable ./devmapper/...
 in_guest new -run 'TestQuota$' ./overlay
 in_guest stable -run 'TestQuota$' ./overlay
 in_guest stable ./mount

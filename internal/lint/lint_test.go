@@ -35,6 +35,7 @@ var level = map[string]int{
 	"internal/lint":           1,
 	"mount":                   2,
 	"layer":                   2,
+	"devmapper/dm":            1,
 	"drivers":                 3,
 	"drivers/drivertest":      4,
 	"drivers/native":          4,

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/layerctl/layerctl/internal/sys"
@@ -52,7 +53,7 @@ func serve(run string) error {
 	if err != nil {
 		return err
 	}
-	if err := ownPlaces(t.Share); err != nil {
+	if err := ownPlaces(t); err != nil {
 		return err
 	}
 	code, err := perform(t)
@@ -103,27 +104,55 @@ func mountHost(dir string) error {
 	return sys.Mount("host", dir, "hostfs", 0, dir)
 }
 
-// ownPlaces gives the guest directories of its own, and then those of the host
-// that it may write to, which can be below them.
-func ownPlaces(share []string) error {
-	for _, m := range []struct{ kind, dir, data string }{
-		{"tmpfs", "/tmp", "mode=1777"}, {"tmpfs", "/var/tmp", "mode=1777"}, {"tmpfs", "/run", "mode=755"},
-		{"tmpfs", "/mnt", "mode=755"}, {"tmpfs", "/dev/shm", "mode=1777"}, {"devpts", "/dev/pts", "ptmxmode=666"},
-		{"cgroup2", "/sys/fs/cgroup", ""},
-	} {
-		if err := os.MkdirAll(m.dir, 0o755); err != nil && !errors.Is(err, syscall.EROFS) {
-			return err
-		}
-		if err := sys.Mount(m.kind, m.dir, m.kind, 0, m.data); err != nil {
+// own are the directories that the guest has for itself, in memory.
+var own = []string{"/tmp", "/var/tmp", "/run", "/mnt", "/dev/shm"}
+
+// ownPlaces gives the guest directories of its own, and then those of the host that
+// can be below them: where the command runs, and what it may write to.
+func ownPlaces(t task) error {
+	for _, m := range [][3]string{{"devpts", "/dev/pts", "ptmxmode=666"}, {"cgroup2", "/sys/fs/cgroup", ""}} {
+		if err := mountNew(m[0], m[1], m[2]); err != nil {
 			return err
 		}
 	}
-	for _, dir := range share {
+	for _, dir := range own {
+		if err := mountNew("tmpfs", dir, "mode=1777"); err != nil {
+			return err
+		}
+	}
+	if dir := hiddenBy(own, t.Dir); dir != "" {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+		if err := sys.Mount("host", dir, "hostfs", sys.MS_RDONLY, dir); err != nil {
+			return err
+		}
+	}
+	for _, dir := range t.Share {
 		if err := mountHost(dir); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+func mountNew(kind, dir, data string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil && !errors.Is(err, syscall.EROFS) {
+		return err
+	}
+	return sys.Mount(kind, dir, kind, 0, data)
+}
+
+// hiddenBy returns the directory right below one of the own ones that dir is or
+// is below.
+func hiddenBy(own []string, dir string) string {
+	for _, o := range own {
+		if rest, ok := strings.CutPrefix(dir, o+"/"); ok {
+			first, _, _ := strings.Cut(rest, "/")
+			return filepath.Join(o, first)
+		}
+	}
+	return ""
 }
 
 // perform runs the command on the two serial lines and returns its status.

@@ -155,6 +155,10 @@ func TestHostIsReadOnlyButWhatIsShared(t *testing.T) {
 	shared, other := t.TempDir(), t.TempDir()
 	c, _, stderr := guest(t, `echo x > `+shared+`/f || exit 1; echo x > /usr/f && exit 2; mkdir -p `+other+`; echo x > `+other+`/f; exit 0`)
 	c.Share = []string{shared}
+	c.Dir = filepath.Join(t.TempDir(), "below", "it") // seen, though /tmp is the guest's
+	if err := os.MkdirAll(c.Dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	if status, err := Run(t.Context(), c); status != 0 || err != nil {
 		t.Fatalf("status %d, %v, %s", status, err, stderr)
 	}
