@@ -49,6 +49,7 @@ const (
 	DM_SKIP_LOCKFS_FLAG          = 1 << 10
 	DM_NOFLUSH_FLAG              = 1 << 11
 	DM_QUERY_INACTIVE_TABLE_FLAG = 1 << 12
+	DM_UEVENT_GENERATED_FLAG     = 1 << 13
 	DM_DATA_OUT_FLAG             = 1 << 16
 	DM_DEFERRED_REMOVE           = 1 << 17
 )
@@ -77,6 +78,7 @@ func (v Version) String() string { return fmt.Sprintf("%d.%d.%d", v.Major, v.Min
 type Control struct {
 	fd      *sys.Fd
 	version Version // immutable
+	cookie  *Cookie // nil without udev
 }
 
 // Open opens the control device, makes its node if the kernel has device-mapper

@@ -93,8 +93,7 @@ func (c *Control) Suspend(name string, o SuspendOptions) error {
 // Resume makes the inactive table, if there is one, the active one, and lets I/O go
 // on.
 func (c *Control) Resume(name string) error {
-	_, _, err := c.named(cmdDevSuspend, name, 0, nil)
-	return err
+	return c.announced(cmdDevSuspend, name, 0, nil)
 }
 
 // Message sends a target of the device a message; the one at that sector.
@@ -198,8 +197,7 @@ func (c *Control) Rename(name, to string) error {
 	if err := h.valid(); err != nil || to == "" {
 		return callError(cmdDevRename, name, fmt.Errorf("new name %q: %w", to, errBadName))
 	}
-	_, _, err := c.named(cmdDevRename, name, 0, append([]byte(to), 0))
-	return err
+	return c.announced(cmdDevRename, name, 0, append([]byte(to), 0))
 }
 
 // Remove removes the device. An open one is refused, or, deferred, goes when the last
@@ -209,7 +207,7 @@ func (c *Control) Remove(name string, deferred bool) error {
 	if deferred {
 		flags = DM_DEFERRED_REMOVE
 	}
-	_, _, err := c.named(cmdDevRemove, name, flags, nil)
+	err := c.announced(cmdDevRemove, name, flags, nil)
 	if deferred && errors.Is(err, syscall.EBUSY) {
 		return fmt.Errorf("deferred: %w", err)
 	}

@@ -17,9 +17,9 @@
 // # Device nodes
 //
 // The kernel makes /dev/dm-N by itself (devtmpfs); /dev/mapper/NAME is made by
-// udev, where it runs. MakeNode and RemoveNode do it where it does not. No udev
-// cookies are used: who has udev waits for the link, or uses /dev/dm-N, which
-// Info names.
+// udev, where it runs (UdevRuns), and a Cookie waits until it has done so; Resume,
+// Rename and Remove are what it hears of. MakeNode and RemoveNode do it where udev
+// does not run.
 //
 // # Errors
 //
