@@ -3,7 +3,6 @@ package server
 import (
 	"runtime"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -25,10 +24,10 @@ type loop struct {
 	s   *Server
 	h   handler
 
-	threads, idle atomic.Int32
-	wg            sync.WaitGroup
-	once          sync.Once
-	err           error
+	pool
+	wg   sync.WaitGroup
+	once sync.Once
+	err  error
 }
 
 // room is what a message or an answer takes at most: the data, and their fixed
@@ -37,6 +36,7 @@ const room = maxWrite + pageSize
 
 func (l *loop) run() error {
 	l.h = l.s
+	l.init(l.s.o.MaxThreads, l.s.o.MaxIdle)
 	l.s.loop.Store(l)
 	l.start()
 	l.wg.Wait()
@@ -45,14 +45,8 @@ func (l *loop) run() error {
 
 // start adds a thread.
 func (l *loop) start() {
-	l.threads.Add(1)
-	l.idle.Add(1)
-	l.wg.Add(1)
-	go func() {
-		defer l.wg.Done()
-		l.thread()
-		l.threads.Add(-1)
-	}()
+	l.add()
+	l.wg.Go(l.thread)
 }
 
 // turn is how long a goroutine of the loop runs before it gives way. To one that is
@@ -69,6 +63,7 @@ func (l *loop) thread() {
 	buffers, err := sys.MapAnonymous(2 * room)
 	if err != nil {
 		l.fail(err)
+		l.drop()
 		return
 	}
 	defer sys.Unmap(buffers)
@@ -89,21 +84,20 @@ func (l *loop) thread() {
 			if errno != syscall.ENODEV && errno != syscall.ECONNABORTED { // unmounted, aborted
 				l.fail(errno)
 			}
-			l.idle.Add(-1)
+			l.drop()
 			return
 		}
-		if l.idle.Add(-1) == 0 && int(l.threads.Load()) < l.s.o.MaxThreads {
+		if l.take() {
 			l.start()
 		}
 		n = l.h.handle(r, in[:n], out)
 		// Whoever gets the answer may send its next request before write(2) returns:
 		// this thread is as good as idle.
-		idle := int(l.idle.Add(1))
+		stays := l.give()
 		if n > 0 {
 			l.answer(out[:n])
 		}
-		if idle > l.s.o.MaxIdle {
-			l.idle.Add(-1)
+		if !stays {
 			return
 		}
 	}

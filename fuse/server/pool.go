@@ -1,0 +1,48 @@
+package server
+
+import "sync/atomic"
+
+// pool counts the threads of a loop. What it counts as idle waits for a request, or
+// will: one that leaves is not among them from the moment it is told to.
+type pool struct {
+	maxThreads, maxIdle int32
+
+	threads, idle atomic.Int32
+}
+
+func (p *pool) init(maxThreads, maxIdle int) {
+	p.maxThreads, p.maxIdle = int32(maxThreads), max(int32(maxIdle), 1)
+}
+
+// add counts a new thread, which waits.
+func (p *pool) add() {
+	p.threads.Add(1)
+	p.idle.Add(1)
+}
+
+// take counts a thread as busy, and reports whether nobody waits now and one more may.
+func (p *pool) take() bool {
+	return p.idle.Add(-1) == 0 && p.threads.Load() < p.maxThreads
+}
+
+// give counts a busy thread as idle, or, where enough are, not at all: then it
+// leaves. The two are one step: when every thread was counted as idle first, those on
+// their way out kept the others from staying, until none was left and the mount gone.
+func (p *pool) give() (stays bool) {
+	for {
+		n := p.idle.Load()
+		if n >= p.maxIdle {
+			p.threads.Add(-1)
+			return false
+		}
+		if p.idle.CompareAndSwap(n, n+1) {
+			return true
+		}
+	}
+}
+
+// drop takes an idle thread out.
+func (p *pool) drop() {
+	p.idle.Add(-1)
+	p.threads.Add(-1)
+}
