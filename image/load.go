@@ -43,6 +43,8 @@ type LoadResult struct {
 	Images []Image
 	// Skipped tells of each entry that is no image (an artifact), and why.
 	Skipped []string
+
+	before []ocispec.Descriptor // index.json's entries until then, for TakeBack
 }
 
 // Load brings images into the store from path, which is an OCI image layout
@@ -88,7 +90,7 @@ func (s *Store) load(ctx context.Context, open func(Limits) (*source, error), o 
 	if err := s.copyAll(ctx, src, p.blobs, p.required, newMeter(o.Progress, Event{Step: "load", Total: total(p.blobs)})); err != nil {
 		return LoadResult{}, err
 	}
-	if err := s.put(ctx, p.result.Images...); err != nil {
+	if p.result.before, err = s.put(ctx, p.result.Images...); err != nil {
 		return LoadResult{}, err
 	}
 	return p.result, nil

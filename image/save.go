@@ -292,7 +292,7 @@ func (k *sink) writeLayout(ctx context.Context, img Image, blobs []ocispec.Descr
 	if err := k.layout.copyAll(ctx, k, blobs, required, m); err != nil {
 		return err
 	}
-	if err := k.layout.put(ctx, img); err != nil {
+	if _, err := k.layout.put(ctx, img); err != nil {
 		return err
 	}
 	if k.layout.dir != k.from.dir {

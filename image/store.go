@@ -294,13 +294,16 @@ func (s *Store) update(ctx context.Context, f func([]ocispec.Descriptor) ([]ocis
 }
 
 // put adds images to index.json; a name that was taken goes over to the new one.
-func (s *Store) put(ctx context.Context, add ...Image) error {
-	return s.update(ctx, func(all []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+// It returns the entries that were there before.
+func (s *Store) put(ctx context.Context, add ...Image) (before []ocispec.Descriptor, err error) {
+	err = s.update(ctx, func(all []ocispec.Descriptor) ([]ocispec.Descriptor, error) {
+		before = slices.Clone(all)
 		for _, img := range add {
 			all = putEntry(all, img)
 		}
 		return all, nil
 	})
+	return before, err
 }
 
 // putEntry adds one image. Its layers are dropped under all its names or none.

@@ -39,6 +39,7 @@ type Snapshots interface {
 	Create(ctx context.Context, key, parent string, o snapshot.CreateOptions) error
 	CommitWith(ctx context.Context, name, key string, o snapshot.CommitOptions) error
 	Remove(ctx context.Context, key string) error
+	Cleanup(ctx context.Context) error
 	Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error
 	Apply(ctx context.Context, key string, tar io.Reader, o layer.ApplyOptions) error
 	Diff(ctx context.Context, from, to string) iter.Seq2[layer.Change, error]
@@ -221,11 +222,17 @@ func (s *Store) unpackLayer(ctx context.Context, view Snapshots, layers []Layer,
 			err = nil
 		}
 	}
-	// The key must go even if it is ctx that ended.
-	if rerr := view.Remove(context.WithoutCancel(ctx), key); rerr != nil && !errdefs.IsNotFound(rerr) {
-		err = errors.Join(err, rerr)
+	// The key must go even if it is ctx that ended, and its bytes: the disk may be
+	// full of them.
+	ctx = context.WithoutCancel(ctx)
+	rerr := view.Remove(ctx, key)
+	if errdefs.IsNotFound(rerr) {
+		rerr = nil
 	}
-	return err
+	if rerr == nil {
+		rerr = view.Cleanup(ctx)
+	}
+	return errors.Join(err, rerr)
 }
 
 func layerLabels(l Layer, more map[string]string) map[string]string {

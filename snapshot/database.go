@@ -28,6 +28,9 @@ const (
 	// turn is how long a process whose transactions never pause keeps the
 	// database when another waits.
 	turn = 10 * time.Millisecond
+	// leastPages is the size of bbolt's two meta pages, without which it opens no
+	// file and does not say that it is damaged.
+	leastPages = 2 * 4096
 	// patience is how long a wait goes on without a word.
 	patience = 2 * time.Second
 )
@@ -331,8 +334,11 @@ func (d *database) isNew() (bool, error) {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return false, dbError("open", err)
 	}
-	if err == nil && i.Size() > 0 {
+	if err == nil && i.Size() >= leastPages {
 		return false, nil
+	}
+	if err == nil && i.Size() > 0 {
+		return false, fmt.Errorf("database: open: damaged: %d bytes are left of %s: %w", i.Size(), d.path("db.bolt"), errdefs.ErrDataLoss)
 	}
 	if _, err := os.Stat(d.path("drivers")); err == nil {
 		return false, fmt.Errorf("database %s is missing or empty, and drivers/ is not: restore it from a copy, or move drivers/ away for a new store: %w", d.path("db.bolt"), errdefs.ErrDataLoss)

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -108,6 +109,7 @@ func (a *app) needStore() error {
 		return nil
 	}
 	entries, err := os.ReadDir(a.root)
+	entries = slices.DeleteFunc(entries, func(e fs.DirEntry) bool { return e.Name() == "keeper" }) // what unshare leaves
 	if err == nil && len(entries) > 0 || err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil // a store, or opening it says what is wrong with it
 	}

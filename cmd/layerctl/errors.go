@@ -60,7 +60,9 @@ func (a *app) report(ctx context.Context, err error) int {
 		fmt.Fprintf(a.err, "layerctl: %v\nusage: %s\n", err, strings.TrimSpace(usage.cmd.UseLine()))
 		return exitUsage
 	}
-	fmt.Fprintf(a.err, "layerctl: %v\n", withHint(err))
+	for line := range strings.Lines(withHint(err)) { // several errors stand on a line each
+		fmt.Fprintf(a.err, "layerctl: %s\n", strings.TrimSuffix(line, "\n"))
+	}
 	return exitError
 }
 

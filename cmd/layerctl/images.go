@@ -33,6 +33,11 @@ type imageRow struct {
 
 func (a *app) listImages(ctx context.Context) error {
 	rows := []imageRow{}
+	if a.storeThere() {
+		if _, err := a.openStore(ctx); err != nil {
+			return err
+		}
+	}
 	if a.haveImages() {
 		var err error
 		if rows, err = a.imageRows(ctx); err != nil {

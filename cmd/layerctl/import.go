@@ -179,11 +179,15 @@ func (a *app) applySource(ctx context.Context, v *snapshot.View, key string, s *
 	if cause := context.Cause(ctx); cause != nil && err != nil {
 		return cause
 	}
+	if err != nil && s.name != "" {
+		err = fmt.Errorf("%s: %w", s.name, err)
+	}
 	return err
 }
 
 // source is where a layer tar comes from.
 type source struct {
+	name     string                                       // what an error calls it; "" for a directory, whose files have names
 	write    func(ctx context.Context, w io.Writer) error // the uncompressed tar
 	close    func() error
 	total    int64     // bytes to read; 0 where not known
@@ -241,7 +245,9 @@ func (a *app) openTar(src string) (*source, error) {
 		if isTerminal(a.in) {
 			return nil, hintf(fmt.Errorf("standard input is a terminal: %w", errdefs.ErrInvalidArgument), "pipe a tar in")
 		}
-		return a.tarSource(io.NopCloser(a.in), 0), nil
+		s := a.tarSource(io.NopCloser(a.in), 0)
+		s.name = "standard input"
+		return s, nil
 	}
 	f, err := os.Open(src)
 	if err != nil {
@@ -251,7 +257,9 @@ func (a *app) openTar(src string) (*source, error) {
 	if st, err := f.Stat(); err == nil && st.Mode().IsRegular() {
 		total = st.Size()
 	}
-	return a.tarSource(f, total), nil
+	s := a.tarSource(f, total)
+	s.name = src
+	return s, nil
 }
 
 // tarSource reads a tar, compressed or not.

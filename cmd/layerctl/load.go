@@ -62,9 +62,12 @@ func (a *app) load(ctx context.Context, src string, o loadOptions) error {
 	for _, skipped := range r.Skipped {
 		a.note("not an image: %s", skipped)
 	}
-	for _, img := range r.Images {
-		if err := a.unpack(ctx, s, v, img, o); err != nil {
-			return fmt.Errorf("%s: %w", imageLabel(img), err)
+	for i, img := range r.Images {
+		if u, err := a.unpack(ctx, s, v, img, o); err != nil {
+			// Half an image is none: neither this one nor those that would follow.
+			ctx = context.WithoutCancel(ctx)
+			return errors.Join(fmt.Errorf("%s: %w", imageLabel(img), err),
+				s.TakeBack(ctx, r, r.Images[i:]...), s.Discard(ctx, v, img, u, o.platform))
 		}
 		fmt.Fprintln(a.out, imageLabel(img))
 	}
@@ -87,9 +90,9 @@ func (a *app) loadBlobs(ctx context.Context, s *image.Store, src string, o loadO
 
 // unpack makes snapshots of an image. One for other platforms only stays as
 // blobs.
-func (a *app) unpack(ctx context.Context, s *image.Store, v *snapshot.View, img image.Image, o loadOptions) error {
+func (a *app) unpack(ctx context.Context, s *image.Store, v *snapshot.View, img image.Image, o loadOptions) (image.Unpacked, error) {
 	if o.noUnpack {
-		return nil
+		return image.Unpacked{}, nil
 	}
 	left := &leftOut{}
 	p := a.startProgress("unpack", 0)
@@ -101,10 +104,10 @@ func (a *app) unpack(ctx context.Context, s *image.Store, v *snapshot.View, img 
 	p.Stop()
 	if errdefs.IsNotFound(err) && o.platform == "" {
 		a.note("%s: not unpacked: %v", imageLabel(img), err)
-		return nil
+		return u, nil
 	}
 	if err != nil {
-		return err
+		return u, err
 	}
 	left.say(a)
 	if !a.quiet {
@@ -113,7 +116,7 @@ func (a *app) unpack(ctx context.Context, s *image.Store, v *snapshot.View, img 
 	if o.dropBlobs {
 		_, err = s.DropLayers(ctx, img.Target.Digest.String())
 	}
-	return err
+	return u, err
 }
 
 // event is an image.Progress.

@@ -41,7 +41,7 @@ type lsRow struct {
 
 func (a *app) ls(ctx context.Context) error {
 	rows := []lsRow{}
-	if a.storeExists() {
+	if a.storeThere() {
 		var err error
 		if rows, err = a.snapshotRows(ctx); err != nil {
 			return err

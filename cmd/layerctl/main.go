@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/containerd/log"
 
@@ -57,6 +58,10 @@ var (
 	errFeeder = errors.New("input failed")
 )
 
+// oneSignal is how long a signal is taken for the first one come twice: who
+// signals a process and its group (timeout(1) does), sends it two.
+const oneSignal = time.Second
+
 // interruptible returns a context that the first SIGINT, SIGTERM or SIGHUP
 // ends; the verbs then remove what is half-made. The second ends the program,
 // and the next opening of the store cleans up.
@@ -65,15 +70,16 @@ func interruptible() (context.Context, func()) {
 	sigs := make(chan os.Signal, 4)
 	signal.Notify(sigs, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGUSR1)
 	go func() {
-		asked := false
+		var asked time.Time
 		for s := range sigs {
 			switch {
 			case s == syscall.SIGUSR1:
 				cancel(errFeeder)
-			case asked:
+			case !asked.IsZero() && time.Since(asked) < oneSignal:
+			case !asked.IsZero():
 				os.Exit(exitInterrupted)
 			default:
-				asked = true
+				asked = time.Now()
 				if !userns.Needed() { // else the one inside says so
 					fmt.Fprintf(os.Stderr, "layerctl: %v: removing what is half-made; again to stop at once\n", s)
 				}

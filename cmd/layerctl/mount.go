@@ -72,7 +72,7 @@ type mountRow struct {
 
 func (a *app) listMounts(ctx context.Context) error {
 	rows := []mountRow{}
-	if a.storeExists() {
+	if a.storeThere() {
 		s, err := a.openStore(ctx)
 		if err != nil {
 			return err

@@ -259,6 +259,10 @@ func (a *app) storeExists() bool {
 	return err == nil
 }
 
+// storeThere reports whether a list has anything to read: where there is nothing
+// at all the list is empty, and what is no store is for opening it to refuse.
+func (a *app) storeThere() bool { return a.needStore() == nil }
+
 // inNamespaces marks a verb as one that an ordinary user runs in namespaces.
 func inNamespaces(how string, c *cobra.Command) *cobra.Command {
 	c.Annotations = map[string]string{nsKey: how}

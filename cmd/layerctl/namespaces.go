@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 
+	"github.com/layerctl/layerctl"
 	"github.com/layerctl/layerctl/internal/userns"
 )
 
@@ -27,16 +29,39 @@ func (a *app) enterNamespaces(c userns.Command) error {
 		return err
 	}
 	if c.Keep {
-		return noMounts(err)
+		return a.noMounts(err)
 	}
-	a.note("%v: going on without: owners and device nodes are kept as far as this user may", err)
+	if !a.quiet {
+		a.note("%v: going on without: owners and device nodes are kept as far as this user may", err)
+	}
 	return nil
 }
 
-// noMounts refuses a mount where nothing can make one for an ordinary user.
-func noMounts(err error) error {
-	return hintf(fmt.Errorf("mount: neither user namespaces nor FUSE work here: %w; FUSE: see the fuse driver in `layerctl info`", err),
-		"allow user namespaces, or run as root")
+// noMounts refuses a mount where nothing can make one for an ordinary user, with
+// the reason of either way. The driver fuse needs mounts that are attached
+// nowhere, so without user namespaces it works for no ordinary user; what else
+// it lacks is worth saying.
+func (a *app) noMounts(err error) error {
+	return hintf(fmt.Errorf("mount: neither user namespaces nor FUSE work here: %w; FUSE: %s", err, a.whyNoFUSE()), allowNamespaces)
+}
+
+const allowNamespaces = "allow user namespaces, or run as root"
+
+// whyNoFUSE is what the driver fuse says of this place.
+func (a *app) whyNoFUSE() string {
+	reason := "no driver of that name"
+	for _, f := range layerctl.Drivers().Factories() {
+		if f.Name != "fuse" {
+			continue
+		}
+		dir, err := os.MkdirTemp(existing(a.root), ".layerctl-info-")
+		if err != nil {
+			return err.Error()
+		}
+		defer os.RemoveAll(dir)
+		reason = f.Probe(context.Background(), dir).Reason
+	}
+	return reason
 }
 
 // countMounts counts the store's mounts inside the keeper's namespaces, by a
@@ -91,6 +116,9 @@ func (a *app) unshare(args []string) error {
 	if status := userns.StartStatus(err); status != 0 {
 		a.note("unshare %s: %v", args[0], err)
 		return exitStatus(status)
+	}
+	if errdefs.IsUnavailable(err) {
+		err = hintf(err, allowNamespaces)
 	}
 	if err != nil {
 		return verbError(err, "unshare", args[0])

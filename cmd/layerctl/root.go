@@ -73,7 +73,10 @@ func wrapArgs(c *cobra.Command) {
 	}
 	c.Args = func(cmd *cobra.Command, args []string) error {
 		if err := check(cmd, args); err != nil {
-			return usageError{cmd, verbError(err, cmd.Name())}
+			if cmd.HasParent() { // else it is a verb that there is not
+				err = verbError(err, cmd.Name())
+			}
+			return usageError{cmd, err}
 		}
 		return nil
 	}

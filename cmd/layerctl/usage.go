@@ -86,7 +86,7 @@ type dfRow struct {
 
 func (a *app) df(ctx context.Context) error {
 	rows := []dfRow{}
-	if a.storeExists() {
+	if a.storeThere() {
 		parts, err := a.parts(ctx)
 		if err != nil {
 			return err

@@ -86,8 +86,8 @@ func explain(err error) error {
 	if errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EACCES) {
 		why = append(why, switches()...)
 	}
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EUSERS) {
-		why = append(why, "user.max_user_namespaces="+sysctl("user/max_user_namespaces"))
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EUSERS) { // in words: there is space on every device
+		return fmt.Errorf("user namespace: %w: no more are allowed (user.max_user_namespaces=%s)", errdefs.ErrUnavailable, sysctl("user/max_user_namespaces"))
 	}
 	if errors.Is(err, syscall.EINVAL) {
 		why = append(why, "the kernel is built without CONFIG_USER_NS")
