@@ -1,0 +1,124 @@
+package btrfs
+
+import (
+	"os/exec"
+	"testing"
+
+	"github.com/layerctl/layerctl/drivers"
+)
+
+// diffCases are changes of which SEND says little: what it does not name must be
+// found all the same. Each is a script that makes a tree, and one that changes it.
+var diffCases = []struct{ name, base, change string }{
+	{"two directories change places",
+		`mkdir -p a/sub/deep b/sub/deep; echo 1 >a/sub/deep/x; echo 2 >b/sub/deep/y; echo 3 >b/sub/deep/x; echo same >a/sub/s; cp -p a/sub/s b/sub/s`,
+		`mv a t; mv b a; mv t b`},
+	{"three directories go around",
+		`for d in a b c; do mkdir -p $d/sub; echo $d >$d/sub/f; echo $d >$d/sub/$d; done`,
+		`mv a t; mv b a; mv c b; mv t c`},
+	{"a directory takes the place of one that was removed",
+		`mkdir -p a/sub b/sub; echo 1 >a/sub/x; echo 2 >b/sub/y; echo 3 >b/sub/x`,
+		`rm -r a; mv b a`},
+	{"a directory that was moved is changed below",
+		`mkdir -p a/one/two b/one/two; echo 1 >a/one/two/x; echo 2 >b/one/two/x`,
+		`mv a c; mv b a; echo 3 >>c/one/two/x; mkdir c/one/new; mv c/one/two c/one/new/two`},
+	{"parent and child change places",
+		`mkdir -p a/b/c; echo 1 >a/f; echo 2 >a/b/f; echo 3 >a/b/c/f`,
+		`mv a/b t; mv a t/a; mv t a; mv a/a a/b`},
+	{"moved out and in again",
+		`mkdir -p a/sub b; echo 1 >a/sub/x; echo 2 >a/sub/y`,
+		`mv a/sub b/sub; echo 3 >b/sub/x; rm b/sub/y; mv b/sub a/sub`},
+	{"moved and made anew",
+		`mkdir -p a/sub; echo 1 >a/sub/x; echo 2 >a/y`,
+		`mv a b; mkdir -p a/sub; echo 4 >a/sub/x; echo 5 >a/y`},
+	{"a directory becomes a file, and a file a directory",
+		`mkdir -p a/sub; echo 1 >a/sub/x; echo 2 >b`,
+		`rm -r a; echo 3 >a; rm b; mkdir b; echo 4 >b/x`},
+	{"one name of a file of several names is written to",
+		`mkdir a b c; echo 1 >a/x; ln a/x b/y; ln a/x c/z; echo 2 >c/other`,
+		`echo 3 >>b/y`},
+	{"a file of several names changes its xattr",
+		`mkdir a b; echo 1 >a/x; ln a/x b/y`,
+		`setfattr -n user.k -v v a/x`},
+	{"one of three names goes",
+		`mkdir a b c; echo 1 >a/x; ln a/x b/y; ln a/x c/z`,
+		`rm b/y`},
+	{"a name is added in another directory",
+		`mkdir a b c; echo 1 >b/x; ln b/x c/z`,
+		`ln b/x a/w`},
+	{"a name moves with its directory, another stays",
+		`mkdir -p a/sub b; echo 1 >a/sub/x; ln a/sub/x b/y`,
+		`mv a c; echo 2 >>b/y`},
+	{"a name moves to another directory",
+		`mkdir a b c; echo 1 >a/x; ln a/x b/y`,
+		`mv b/y c/y`},
+	{"names of two files change places",
+		`mkdir a b; echo 1 >a/x; ln a/x b/x; echo 2 >a/y; ln a/y b/y`,
+		`mv b/x t; mv b/y b/x; mv t b/y`},
+	{"a group is split, of equal content",
+		`mkdir a b; echo 1 >a/x; ln a/x b/y; touch -d @1000000000 a/x`,
+		`cp -p b/y t; mv t b/y`},
+	{"two files become one, of equal content",
+		`mkdir a b; echo 1 >a/x; cp a/x b/y; touch -d @1000000000 a/x b/y a b`,
+		`ln -f a/x b/y; touch -d @1000000000 a b`},
+	{"hard links and a directory that takes another's place",
+		`mkdir -p a/d b/d; echo 1 >a/d/x; ln a/d/x b/d/x; echo 2 >a/d/y; ln a/d/y b/d/z`,
+		`mv a t; mv b a; mv t b; rm b/d/x`},
+	{"rewritten and equal",
+		`mkdir a; head -c 300000 /dev/zero | tr '\0' x >a/f; touch -d @1000000000 a/f a`,
+		`cp a/f t; cat t >a/f; rm t; touch -d @1000000000 a/f`},
+	{"other extents, the same content",
+		`head -c 300000 /dev/zero | tr '\0' x >f; cp --reflink=never f g; touch -d @1000000000 f g`,
+		`cp --reflink=always g t; cat t | dd of=f conv=notrunc status=none; cp --reflink=always f g; rm t; touch -d @1000000000 f g`},
+	{"same size, same mtime, other bytes",
+		`echo aaaa >f; touch -d @1000000000 f`,
+		`echo bbbb | dd of=f conv=notrunc status=none; touch -d @1000000000 f`},
+	{"a hole is punched where zeros were",
+		`head -c 300000 /dev/zero >f; touch -d @1000000000 f`,
+		`fallocate -p -o 4096 -l 200000 f; touch -d @1000000000 f`},
+	{"only an xattr goes", `echo 1 >f; setfattr -n user.k -v v f`, `setfattr -x user.k f`},
+	{"only the owner, and back", `echo 1 >f; echo 2 >g`, `chown 5:6 f g; chown 0:0 g`},
+	{"a symlink of another target", `ln -s a l; touch -h -d @1000000000 l`, `rm l; ln -s b l; touch -h -d @1000000000 l`},
+	{"removed, and a new file of the same name and content",
+		`mkdir a; echo 1 >a/f; touch -d @1000000000 a/f a`,
+		`cp -p a/f t; rm a/f; sync -f .; mv t a/f; touch -d @1000000000 a`},
+	{"names with bytes that mean something",
+		`mkdir -p 'o257-7-0/x' 'a b'; echo 1 >'o257-7-0/x/f'; echo 2 >'a b/o258-7-0'`,
+		`mv 'o257-7-0' t; mv 'a b' 'o257-7-0'; mv t 'a b'; echo 3 >>'a b/x/f'`},
+}
+
+// TestDiffEqualsTheWalk: what is found by SEND is what the exact walk finds, and
+// there is something to find in most.
+func TestDiffEqualsTheWalk(t *testing.T) {
+	h := fixture(t)
+	for _, c := range diffCases {
+		t.Run(c.name, func(t *testing.T) {
+			g := *h
+			g.T = t
+			from := g.script(drivers.Ref{}, c.base)
+			to := g.script(from, c.change)
+			for _, p := range [][2]drivers.Ref{{from, to}, {to, from}} {
+				if msg := g.compare(p[0], p[1]); msg != "" {
+					t.Errorf("from %s to %s: %s", p[0].ID, p[1].ID, msg)
+				}
+				if !g.sendable(p[0], p[1]) {
+					t.Error("not by SEND")
+				}
+			}
+			h.next = g.next
+		})
+	}
+}
+
+// script makes a committed layer by a shell script in its tree.
+func (h *history) script(parent drivers.Ref, script string) drivers.Ref {
+	h.Helper()
+	r, tree := h.create(parent, drivers.CreateOptions{})
+	cmd := exec.Command("sh", "-ec", script)
+	cmd.Dir = tree
+	if out, err := cmd.CombinedOutput(); err != nil {
+		h.Fatalf("%s: %v\n%s", script, err, out)
+	}
+	h.commit(r)
+	return r
+}
