@@ -29,6 +29,10 @@ var (
 	_ drivers.Driver  = (*driver)(nil)
 	_ drivers.Differ  = (*driver)(nil)
 	_ drivers.Applier = (*driver)(nil)
+
+	_ drivers.Settler      = (*driver)(nil)
+	_ drivers.QuotaEnabler = (*driver)(nil)
+	_ drivers.Deduper      = (*driver)(nil)
 )
 
 func (d *driver) Capabilities() drivers.Capabilities { return d.caps }

@@ -1,14 +1,12 @@
 package btrfs
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"os"
 	"os/exec"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -18,7 +16,6 @@ import (
 	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
-	"github.com/layerctl/layerctl/layer"
 )
 
 // checkFS runs btrfs check on what the file system has written to its device.
@@ -194,69 +191,6 @@ func TestSubvolumeDeletedBehindOurBack(t *testing.T) {
 	if ids := slices.Collect(idsOf(h)); len(ids) > 0 {
 		t.Errorf("left: %v", ids)
 	}
-}
-
-func TestQuota(t *testing.T) {
-	for _, mode := range []ioctl.QuotaMode{ioctl.QuotaFull, ioctl.QuotaSimple} {
-		t.Run(mode.String(), func(t *testing.T) {
-			testenv.Leaks(t)
-			dir := testenv.FS(t, "btrfs", testenv.Size(256<<20))
-			fd, err := sys.OpenDir(dir)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer fd.Close()
-			err = ioctl.SetQuota(fd, mode)
-			if mode == ioctl.QuotaSimple && errors.Is(err, syscall.EINVAL) {
-				testenv.Optional(t, "simple quotas need Linux 6.7")
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := ioctl.WaitQuota(fd); err != nil && mode == ioctl.QuotaFull {
-				t.Fatal(err)
-			}
-			h := newHistory(t, dir+"/r")
-			if !h.d.caps.Quota {
-				t.Fatal("quota is on, Capabilities.Quota is not")
-			}
-			quotaStops(h)
-		})
-	}
-}
-
-func quotaStops(h *history) {
-	h.Helper()
-	base, tree := h.create(drivers.Ref{}, drivers.CreateOptions{})
-	h.must(os.WriteFile(tree+"/large", make([]byte, 4<<20), 0o644))
-	h.commit(base)
-	r, tree := h.create(base, drivers.CreateOptions{Quota: 8 << 20})
-	free, freeTree := h.create(base, drivers.CreateOptions{})
-	h.must(writeSynced(tree+"/fits", 2<<20))
-	if err := writeSynced(tree+"/too much", 32<<20); !errors.Is(err, syscall.EDQUOT) {
-		h.Errorf("32 MiB into a quota of 8: %v, want EDQUOT", err)
-	}
-	h.must(writeSynced(freeTree+"/f", 32<<20))
-	// In the middle of an Apply, too.
-	var tar bytes.Buffer
-	_, err := layer.WriteTar(h.ctx, &tar, h.d.Diff(h.ctx, base, free), layer.TarOptions{})
-	h.must(err)
-	err = h.d.Apply(h.ctx, r, &tar, layer.ApplyOptions{})
-	if !errors.Is(err, errdefs.ErrResourceExhausted) || !errors.Is(err, syscall.EDQUOT) {
-		h.Errorf("apply: %v, want ErrResourceExhausted with EDQUOT", err)
-	}
-	for _, r := range []drivers.Ref{r, free, base} {
-		h.must(h.d.Remove(h.ctx, r.ID))
-	}
-}
-
-func writeSynced(path string, size int) error {
-	f, err := os.Create(path)
-	if err != nil {
-		return err
-	}
-	_, err = f.Write(make([]byte, size))
-	return errors.Join(err, f.Sync(), f.Close())
 }
 
 // A writer that is alive keeps its tree; what it had is deleted when it is gone.

@@ -194,7 +194,7 @@ func try(ctx context.Context, dir string) (f found, err error) {
 	f.results = ioctl.Probe(a)
 	f.admin = f.has("TREE_SEARCH_V2") && f.has("SEND")
 	if f.admin {
-		if f.quota, err = ioctl.Quota(a); err != nil {
+		if f.quota, _, err = ioctl.Quota(a); err != nil {
 			return f, err
 		}
 	}

@@ -139,11 +139,18 @@ func destroySubvolume(ctx context.Context, dir *sys.Fd, name string) error {
 			return err
 		}
 	}
-	err = ioctl.Destroy(dir, name)
-	if !errors.Is(err, syscall.EPERM) {
+	number, err := ioctl.SubvolID(s)
+	if err != nil {
 		return err
 	}
-	return emptySubvolumeByHand(ctx, dir, s, name)
+	err = ioctl.Destroy(dir, name)
+	if errors.Is(err, syscall.EPERM) {
+		err = emptySubvolumeByHand(ctx, dir, s, name)
+	}
+	if err == nil { // or it stays for ever, before Linux 6.11; without quota there is none
+		_ = ioctl.DestroyQgroup(dir, number)
+	}
+	return err
 }
 
 func destroyChild(ctx context.Context, s *sys.Fd, c ioctl.Child) error {

@@ -3,14 +3,21 @@ package btrfs
 import (
 	"context"
 	"encoding/json"
+	"errors"
+	"slices"
+	"strings"
+	"syscall"
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
 )
 
 // Usage counts what the layer's subvolume has that is younger than the snapshot
-// that it began as: O(changes). Figures are those of what has been flushed. A
-// committed layer's are kept. Without the right to search trees they are unknown.
+// that it began as: O(changes). The bytes of a writable layer are those of its
+// qgroup, metadata among them, where quota is on: what a limit is held against.
+// Figures are those of what has been flushed. A committed layer's are kept. Without
+// the right to search trees they are unknown.
 func (d *driver) Usage(ctx context.Context, r drivers.Ref) (drivers.Usage, error) {
 	u, err := d.usage(ctx, r.ID)
 	return u, d.wrap("usage", r.ID, err)
@@ -28,7 +35,50 @@ func (d *driver) usage(ctx context.Context, id drivers.ID) (drivers.Usage, error
 			return u, nil
 		}
 	}
-	return d.measure(ctx, l)
+	u, err := d.measure(ctx, l)
+	if err != nil || !d.admin {
+		return u, err
+	}
+	if bytes, ok, err := l.counted(); ok || err != nil {
+		return drivers.Usage{Bytes: bytes, Inodes: u.Inodes}, err
+	}
+	return u, nil
+}
+
+// counted is what the qgroup of a writable layer has. False where there is none,
+// where a scan is due, and, with full qgroups, while a diff has a snapshot of the
+// layer: then nothing is exclusive.
+func (l *layerDir) counted() (bytes int64, ok bool, err error) {
+	if l.kind != writable {
+		return 0, false, nil
+	}
+	tree, err := l.tree()
+	if err != nil {
+		return 0, false, err
+	}
+	defer tree.Close()
+	mode, right, err := ioctl.Quota(tree)
+	if err != nil || mode == ioctl.QuotaOff || !right {
+		return 0, false, err
+	}
+	if shared, err := l.isSnapshotted(); err != nil || shared && mode == ioctl.QuotaFull {
+		return 0, false, err
+	}
+	id, err := ioctl.SubvolID(tree)
+	if err != nil {
+		return 0, false, err
+	}
+	u, err := ioctl.Qgroup(tree, id)
+	if errors.Is(err, syscall.ENOENT) { // made before the quota was switched on
+		return 0, false, nil
+	}
+	return int64(u.Exclusive), err == nil, err
+}
+
+// isSnapshotted reports whether a diff shows the layer by a snapshot.
+func (l *layerDir) isSnapshotted() (bool, error) {
+	names, err := l.ReadDir()
+	return slices.ContainsFunc(names, func(e sys.Dirent) bool { return strings.HasPrefix(e.Name, diffPrefix) }), err
 }
 
 // measure counts the inodes that the layer made, and the extents that it wrote,

@@ -102,6 +102,47 @@ type Applier interface {
 	Apply(ctx context.Context, r Ref, tar io.Reader, o layer.ApplyOptions) error
 }
 
+// Settler is a driver part of whose work goes on after its calls have returned:
+// a file system counts and frees in the background.
+type Settler interface {
+	// SyncUsage flushes what Usage counts: its figures are those of now.
+	SyncUsage(ctx context.Context) error
+	// WaitFreed waits until the space of what Remove deleted is free. It reports
+	// Progress; ErrUnavailable where this process cannot know.
+	WaitFreed(ctx context.Context) error
+}
+
+// QuotaEnabler is a driver whose quota needs an accounting of the whole file
+// system, which only its operator may switch on.
+type QuotaEnabler interface {
+	// EnableQuota switches accounting of a kind on and waits until it has counted
+	// what is there; ErrInvalidArgument names the kinds. Drivers that are opened
+	// from then on have Capabilities.Quota.
+	EnableQuota(ctx context.Context, kind string) error
+}
+
+// Deduper is a driver that can make equal files of committed layers share their
+// blocks.
+type Deduper interface {
+	// Dedup makes the equal files of the layers, which are committed, share
+	// blocks. No content and no metadata changes. A layer that is removed
+	// meanwhile is passed over. It reports Progress.
+	Dedup(ctx context.Context, layers []Ref, o DedupOptions) (DedupReport, error)
+}
+
+// DedupOptions say how far Dedup goes.
+type DedupOptions struct {
+	DryRun bool // find out only
+}
+
+// DedupReport is what Dedup found and did.
+type DedupReport struct {
+	Layers int64 // that were looked at
+	Files  int64 // with blocks of their own
+	Equal  int64 // of which another has the content, in blocks of its own
+	Bytes  int64 // of those files: what is shared now, or would be
+}
+
 // CreateOptions say what kind of storage Create makes. The zero value is a
 // writable layer without quota, whose root belongs to 0:0 or looks like the
 // parent's root.

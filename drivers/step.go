@@ -48,10 +48,13 @@ func Wrap(driver, op string, id ID, err error) error {
 	if err == nil {
 		return nil
 	}
-	if s := sentinel(err); s != nil {
-		return fmt.Errorf("%s: %s %s: %w: %w", driver, op, id, s, err)
+	if id != 0 {
+		op += " " + id.String()
 	}
-	return fmt.Errorf("%s: %s %s: %w", driver, op, id, err)
+	if s := sentinel(err); s != nil {
+		return fmt.Errorf("%s: %s: %w: %w", driver, op, s, err)
+	}
+	return fmt.Errorf("%s: %s: %w", driver, op, err)
 }
 
 // sentinel returns the sentinel that err lacks, nil if it has one.

@@ -36,6 +36,10 @@ func Sync(fd *sys.Fd) error {
 	return WaitSync(fd, t)
 }
 
+// SyncAll puts the running transaction on the disk and wakes the kernel's cleaner,
+// which frees what deleted subvolumes held.
+func SyncAll(fd *sys.Fd) error { return fd.Ioctl("BTRFS_IOC_SYNC", BTRFS_IOC_SYNC, nil) }
+
 // FSInfo is what struct btrfs_ioctl_fs_info_args says.
 type FSInfo struct {
 	MaxDevice, Devices   uint64

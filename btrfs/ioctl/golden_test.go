@@ -29,9 +29,9 @@ func TestGoldenRequests(t *testing.T) {
 		"0700000000000000 0000000000000000 0200000000000000"+strings.Repeat("00", 32)+"6162")
 	want(t, "send_args", sendArgs(5, 0x102, 1), 72,
 		"0500000000000000 0000000000000000 0000000000000000 0201000000000000 0100000000000000")
-	want(t, "qgroup_limit_args", limitArgs(0x1000), 48,
-		"0000000000000000 0200000000000000 0000000000000000 0010000000000000")
-	want(t, "qgroup_limit_args, no limit", limitArgs(0), 48,
+	want(t, "qgroup_limit_args", limitArgs(0x101, 0x1000), 48,
+		"0101000000000000 0200000000000000 0000000000000000 0010000000000000")
+	want(t, "qgroup_limit_args, no limit", limitArgs(0, 0), 48,
 		"0000000000000000 0200000000000000 0000000000000000 ffffffffffffffff")
 	b := make([]byte, 112+16)
 	encodeSearch(b, Query{Tree: 1, Min: Key{2, 3, 4}, Max: Key{5, 6, 7}, MinGeneration: 8})
@@ -73,7 +73,8 @@ func TestGoldenAnswers(t *testing.T) {
 	x[20] = 1
 	le.PutUint64(x[21:], 4096)
 	le.PutUint64(x[29:], 8192)
-	if e, err := DecodeExtent(x); err != nil || e != (Extent{Generation: 7, Disk: 4096, DiskBytes: 8192}) {
+	le.PutUint64(x[37:], 512)
+	if e, err := DecodeExtent(x); err != nil || e != (Extent{Generation: 7, Disk: 4096, DiskBytes: 8192, Offset: 512}) {
 		t.Errorf("%+v, %v", e, err)
 	}
 	x[20] = 0

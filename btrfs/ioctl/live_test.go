@@ -175,7 +175,7 @@ func TestQuota(t *testing.T) {
 	root := open(t, dir)
 	must(t, ioctl.Create(root, "a"))
 	a := open(t, dir+"/a")
-	mode, err := ioctl.Quota(root)
+	mode, _, err := ioctl.Quota(root)
 	if err != nil || mode != ioctl.QuotaOff {
 		t.Fatalf("at first %v, %v", mode, err)
 	}
@@ -184,9 +184,12 @@ func TestQuota(t *testing.T) {
 	}
 	must(t, ioctl.SetQuota(root, ioctl.QuotaFull))
 	must(t, ioctl.WaitQuota(root))
-	mode, err = ioctl.Quota(root)
+	mode, right, err := ioctl.Quota(root)
 	if err != nil || mode != ioctl.QuotaFull {
 		t.Fatalf("then %v, %v", mode, err)
+	}
+	if !right {
+		t.Error("the scan is over, the figures are not said to be right")
 	}
 	must(t, ioctl.LimitExclusive(a, 1<<20))
 	must(t, os.WriteFile(dir+"/a/fits", make([]byte, 512<<10), 0o644))

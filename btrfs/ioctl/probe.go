@@ -2,6 +2,8 @@ package ioctl
 
 import (
 	"errors"
+	"os"
+	"strings"
 	"syscall"
 
 	"github.com/layerctl/layerctl/internal/kprobe"
@@ -26,6 +28,38 @@ func refused(name string, request uint32, at int) func(*sys.Fd) error {
 	}
 }
 
+// noQgroup is a qgroup that no file system has: of the highest level, without
+// number.
+const noQgroup = uint64(0xffff) << 48
+
+// noSuchQgroup is what the kernel says of it, with quota off or on.
+var noSuchQgroup = []syscall.Errno{syscall.ENOTCONN, syscall.ENOENT, syscall.EINVAL}
+
+// feature reads what btrfs says in sysfs alone; ENOTTY if it does not.
+func feature(fd *sys.Fd, name string) (string, error) {
+	if _, err := Info(fd); err != nil {
+		return "", err
+	}
+	text, err := os.ReadFile("/sys/fs/btrfs/features/" + name)
+	if errors.Is(err, os.ErrNotExist) {
+		err = syscall.ENOTTY
+	}
+	return strings.TrimSpace(string(text)), err
+}
+
+func trySimpleQuota(fd *sys.Fd) error {
+	_, err := feature(fd, "simple_quota")
+	return err
+}
+
+func trySendStream2(fd *sys.Fd) error {
+	version, err := feature(fd, "send_stream_version")
+	if version == "1" {
+		err = syscall.ENOTTY
+	}
+	return err
+}
+
 var tries = []try{
 	{"SUBVOL_CREATE_V2", "3.0", refused("BTRFS_IOC_SUBVOL_CREATE_V2", BTRFS_IOC_SUBVOL_CREATE_V2, 16), []syscall.Errno{syscall.EOPNOTSUPP, syscall.EINVAL}},
 	{"SNAP_CREATE_V2", "3.0", refused("BTRFS_IOC_SNAP_CREATE_V2", BTRFS_IOC_SNAP_CREATE_V2, 16), []syscall.Errno{syscall.EOPNOTSUPP, syscall.EINVAL}},
@@ -39,8 +73,17 @@ var tries = []try{
 	{"SPACE_INFO", "2.6.34", func(fd *sys.Fd) error { _, err := SpaceInfo(fd); return err }, nil},
 	{"DEV_INFO", "3.2", func(fd *sys.Fd) error { _, err := DeviceInfo(fd, 0); return err }, []syscall.Errno{syscall.ENODEV}},
 	{"SUBVOL_SYNC_WAIT", "6.13", waitForNothing, []syscall.Errno{syscall.EINVAL, syscall.ENOENT}},
+	{"SUBVOL_GETFLAGS", "2.6.39", func(fd *sys.Fd) error { _, err := ReadOnly(fd); return err }, nil},
+	{"SUBVOL_SETFLAGS", "2.6.39", refused("BTRFS_IOC_SUBVOL_SETFLAGS", BTRFS_IOC_SUBVOL_SETFLAGS, 0), []syscall.Errno{syscall.EOPNOTSUPP, syscall.EINVAL}},
+	{"WAIT_SYNC", "2.6.37", func(fd *sys.Fd) error { return WaitSync(fd, 1) }, []syscall.Errno{syscall.EINVAL}},
+	{"FS_INFO", "3.2", func(fd *sys.Fd) error { _, err := Info(fd); return err }, nil},
+	{"QUOTA_CTL", "3.6", refused("BTRFS_IOC_QUOTA_CTL", BTRFS_IOC_QUOTA_CTL, 0), []syscall.Errno{syscall.EINVAL}},
+	{"QGROUP_LIMIT", "3.6", func(fd *sys.Fd) error { return limitQgroup(fd, noQgroup, 0) }, noSuchQgroup},
+	{"QGROUP_CREATE", "3.6", func(fd *sys.Fd) error { return DestroyQgroup(fd, noQgroup) }, noSuchQgroup},
+	{"simple quotas", "6.7", trySimpleQuota, nil},
+	{"SEND stream 2", "6.0", trySendStream2, nil},
 	{"quota", "3.6", func(fd *sys.Fd) error {
-		m, err := Quota(fd)
+		m, _, err := Quota(fd)
 		if err == nil && m == QuotaOff {
 			err = errQuotaOff
 		}

@@ -19,7 +19,9 @@ const (
 
 	BTRFS_QGROUP_LIMIT_MAX_EXCL = 1 << 1
 
-	BTRFS_QGROUP_STATUS_FLAG_SIMPLE_MODE = 1 << 3
+	BTRFS_QGROUP_STATUS_FLAG_RESCAN       = 1 << 1
+	BTRFS_QGROUP_STATUS_FLAG_INCONSISTENT = 1 << 2
+	BTRFS_QGROUP_STATUS_FLAG_SIMPLE_MODE  = 1 << 3
 )
 
 // QuotaMode is how a file system counts what subvolumes use.
@@ -46,38 +48,50 @@ func WaitQuota(fd *sys.Fd) error {
 	return fd.Ioctl("BTRFS_IOC_QUOTA_RESCAN_WAIT", BTRFS_IOC_QUOTA_RESCAN_WAIT, nil)
 }
 
-// Quota tells the mode, by the quota tree's status item.
-func Quota(fd *sys.Fd) (QuotaMode, error) {
+// Quota tells the mode, by the quota tree's status item, and whether the figures
+// are right: they are not while a scan is on or due.
+func Quota(fd *sys.Fd) (m QuotaMode, right bool, err error) {
 	key := Key{Type: BTRFS_QGROUP_STATUS_KEY}
 	for i, err := range Search(fd, Query{Tree: BTRFS_QUOTA_TREE_OBJECTID, Min: key, Max: key}) {
 		if isErrno(err, syscall.ENOENT) {
-			return QuotaOff, nil
+			return QuotaOff, false, nil
 		}
 		if err != nil {
-			return QuotaOff, err
+			return QuotaOff, false, err
 		}
-		// struct btrfs_qgroup_status_item: u64 version, generation, flags, rescan
-		if len(i.Data) < 32 {
-			return QuotaOff, short("btrfs_qgroup_status_item", i.Data)
-		}
-		if le.Uint64(i.Data[16:])&BTRFS_QGROUP_STATUS_FLAG_SIMPLE_MODE != 0 {
-			return QuotaSimple, nil
-		}
-		return QuotaFull, nil
+		return decodeQuotaStatus(i.Data)
 	}
-	return QuotaOff, nil
+	return QuotaOff, false, nil
+}
+
+// decodeQuotaStatus reads struct btrfs_qgroup_status_item: u64 version,
+// generation, flags, rescan.
+func decodeQuotaStatus(b []byte) (m QuotaMode, right bool, err error) {
+	if len(b) < 32 {
+		return QuotaOff, false, short("btrfs_qgroup_status_item", b)
+	}
+	flags := le.Uint64(b[16:])
+	m = QuotaFull
+	if flags&BTRFS_QGROUP_STATUS_FLAG_SIMPLE_MODE != 0 {
+		m = QuotaSimple
+	}
+	return m, flags&(BTRFS_QGROUP_STATUS_FLAG_RESCAN|BTRFS_QGROUP_STATUS_FLAG_INCONSISTENT) == 0, nil
 }
 
 // LimitExclusive bounds what the subvolume fd alone may use; 0 lifts the limit.
 // ENOTCONN while quota is off.
-func LimitExclusive(subvol *sys.Fd, bytes uint64) error {
-	return subvol.Ioctl("BTRFS_IOC_QGROUP_LIMIT", BTRFS_IOC_QGROUP_LIMIT, limitArgs(bytes))
+func LimitExclusive(subvol *sys.Fd, bytes uint64) error { return limitQgroup(subvol, 0, bytes) }
+
+// limitQgroup limits a qgroup; 0 is that of the subvolume fd is in.
+func limitQgroup(fd *sys.Fd, qgroup, bytes uint64) error {
+	return fd.Ioctl("BTRFS_IOC_QGROUP_LIMIT", BTRFS_IOC_QGROUP_LIMIT, limitArgs(qgroup, bytes))
 }
 
-// limitArgs is struct btrfs_ioctl_qgroup_limit_args: u64 qgroupid (0: that of the
-// subvolume), then u64 flags, max_rfer, max_excl, rsv_rfer, rsv_excl.
-func limitArgs(bytes uint64) []byte {
+// limitArgs is struct btrfs_ioctl_qgroup_limit_args: u64 qgroupid, flags, max_rfer,
+// max_excl, rsv_rfer, rsv_excl.
+func limitArgs(qgroup, bytes uint64) []byte {
 	b := make([]byte, 48)
+	le.PutUint64(b, qgroup)
 	le.PutUint64(b[8:], BTRFS_QGROUP_LIMIT_MAX_EXCL)
 	if bytes == 0 {
 		bytes = ^uint64(0) // CLEAR_VALUE
@@ -97,19 +111,74 @@ func Qgroup(fd *sys.Fd, subvol uint64) (QgroupUsage, error) {
 		if err != nil {
 			return QgroupUsage{}, err
 		}
-		// struct btrfs_qgroup_info_item: u64 generation, rfer, rfer_cmpr, excl, excl_cmpr
-		if len(i.Data) < 40 {
-			return QgroupUsage{}, short("btrfs_qgroup_info_item", i.Data)
-		}
-		return QgroupUsage{Referenced: le.Uint64(i.Data[8:]), Exclusive: le.Uint64(i.Data[24:])}, nil
+		return decodeQgroup(i.Data)
 	}
 	return QgroupUsage{}, syscall.ENOENT
 }
 
-// DestroyQgroup drops the qgroup of a subvolume that is gone. EBUSY while the
-// subvolume's blocks are not free yet.
+// decodeQgroup reads struct btrfs_qgroup_info_item: u64 generation, rfer, rfer_cmpr,
+// excl, excl_cmpr.
+func decodeQgroup(b []byte) (QgroupUsage, error) {
+	if len(b) < 40 {
+		return QgroupUsage{}, short("btrfs_qgroup_info_item", b)
+	}
+	return QgroupUsage{Referenced: le.Uint64(b[8:]), Exclusive: le.Uint64(b[24:])}, nil
+}
+
+// StaleQgroups lists the qgroups of subvolumes that are gone, that count nothing.
+// The number of a subvolume is never given twice.
+func StaleQgroups(fd *sys.Fd) (subvols []uint64, err error) {
+	q := Query{
+		Tree: BTRFS_QUOTA_TREE_OBJECTID,
+		Min:  Key{Type: BTRFS_QGROUP_INFO_KEY, Offset: BTRFS_FIRST_FREE_OBJECTID},
+		Max:  Key{Type: BTRFS_QGROUP_INFO_KEY, Offset: 1<<48 - 1}, // level 0
+	}
+	var empty []uint64
+	for i, err := range Search(fd, q) {
+		if isErrno(err, syscall.ENOENT) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		u, err := decodeQgroup(i.Data)
+		if err != nil {
+			return nil, err
+		}
+		if u == (QgroupUsage{}) {
+			empty = append(empty, i.Offset)
+		}
+	}
+	for _, id := range empty {
+		there, err := hasRoot(fd, id)
+		if err != nil {
+			return nil, err
+		}
+		if !there {
+			subvols = append(subvols, id)
+		}
+	}
+	return subvols, nil
+}
+
+// hasRoot reports whether a subvolume is there, deleted or not.
+func hasRoot(fd *sys.Fd, id uint64) (bool, error) {
+	q := Query{
+		Tree: BTRFS_ROOT_TREE_OBJECTID,
+		Min:  Key{Object: id, Type: BTRFS_ROOT_ITEM_KEY},
+		Max:  Key{Object: id, Type: BTRFS_ROOT_ITEM_KEY, Offset: ^uint64(0)},
+	}
+	for _, err := range Search(fd, q) {
+		return err == nil, err
+	}
+	return false, nil
+}
+
+// DestroyQgroup drops the qgroup of a subvolume that is deleted. Since Linux 6.11
+// the kernel does that itself when the subvolume's blocks are free, and says EBUSY
+// until then.
 func DestroyQgroup(fd *sys.Fd, subvol uint64) error {
-	b := make([]byte, 16) // u64 create, u64 qgroupid
+	b := make([]byte, 16) // struct btrfs_ioctl_qgroup_create_args: u64 create, u64 qgroupid
 	le.PutUint64(b[8:], subvol)
 	return fd.Ioctl("BTRFS_IOC_QGROUP_CREATE", BTRFS_IOC_QGROUP_CREATE, b)
 }

@@ -18,11 +18,13 @@ const (
 	BTRFS_INODE_REF_KEY     = 12
 	BTRFS_INODE_EXTREF_KEY  = 13
 	BTRFS_EXTENT_DATA_KEY   = 108
+	BTRFS_ORPHAN_ITEM_KEY   = 48
 	BTRFS_ROOT_ITEM_KEY     = 132
 	BTRFS_QGROUP_STATUS_KEY = 240
 	BTRFS_QGROUP_INFO_KEY   = 242
 	BTRFS_QGROUP_LIMIT_KEY  = 244
 
+	BTRFS_ORPHAN_OBJECTID     = ^uint64(4) // -5
 	BTRFS_ROOT_TREE_OBJECTID  = 1
 	BTRFS_QUOTA_TREE_OBJECTID = 8
 
@@ -152,6 +154,7 @@ func after(k Key) (Key, bool) {
 type InodeItem struct {
 	Generation uint64 // the transaction that made the inode
 	Transid    uint64 // of the last change
+	Size       uint64
 	Bytes      uint64 // nbytes: allocated
 	Nlink      uint32
 	Mode       uint32
@@ -163,7 +166,7 @@ func DecodeInode(b []byte) (InodeItem, error) {
 		return InodeItem{}, short("btrfs_inode_item", b)
 	}
 	return InodeItem{
-		Generation: le.Uint64(b), Transid: le.Uint64(b[8:]), Bytes: le.Uint64(b[24:]),
+		Generation: le.Uint64(b), Transid: le.Uint64(b[8:]), Size: le.Uint64(b[16:]), Bytes: le.Uint64(b[24:]),
 		Nlink: le.Uint32(b[40:]), Mode: le.Uint32(b[52:]),
 	}, nil
 }
@@ -176,6 +179,7 @@ type Extent struct {
 	// compressed if it is, whole even if the file shows a part. Of an inline one
 	// DiskBytes is the size in the tree.
 	Disk, DiskBytes uint64
+	Offset          uint64 // where in the extent, unpacked, the file's part begins
 }
 
 // DecodeExtent reads a BTRFS_EXTENT_DATA_KEY item.
@@ -192,7 +196,7 @@ func DecodeExtent(b []byte) (Extent, error) {
 	if len(b) < 53 {
 		return Extent{}, short("btrfs_file_extent_item", b)
 	}
-	e.Disk, e.DiskBytes = le.Uint64(b[21:]), le.Uint64(b[29:])
+	e.Disk, e.DiskBytes, e.Offset = le.Uint64(b[21:]), le.Uint64(b[29:]), le.Uint64(b[37:])
 	return e, nil
 }
 

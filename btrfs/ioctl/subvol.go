@@ -147,6 +147,23 @@ func cString(b []byte) string {
 	return string(s)
 }
 
+// Deleted lists the subvolumes that are deleted and whose blocks are not free yet:
+// the root tree has an orphan item for each. Needs CAP_SYS_ADMIN.
+func Deleted(fd *sys.Fd) (ids []uint64, err error) {
+	q := Query{
+		Tree: BTRFS_ROOT_TREE_OBJECTID,
+		Min:  Key{Object: BTRFS_ORPHAN_OBJECTID, Type: BTRFS_ORPHAN_ITEM_KEY},
+		Max:  Key{Object: BTRFS_ORPHAN_OBJECTID, Type: BTRFS_ORPHAN_ITEM_KEY, Offset: ^uint64(0)},
+	}
+	for i, err := range Search(fd, q) {
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, i.Offset)
+	}
+	return ids, nil
+}
+
 // WaitDeleted waits until the blocks of a deleted subvolume are free. ENOENT if
 // there is none, EEXIST if it is not deleted; ENOTTY before Linux 6.13.
 func WaitDeleted(fd *sys.Fd, id uint64) error {

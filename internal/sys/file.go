@@ -3,6 +3,7 @@ package sys
 import (
 	"io"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -104,6 +105,22 @@ func (f *Fd) seek(off int64, whence int) (int64, error) {
 		return 0, f.err("lseek", "", err)
 	}
 	return n, nil
+}
+
+// Dedupe makes length bytes of dst at off share the blocks of f's, if the kernel
+// finds them equal (FIDEDUPERANGE). It may do less: shared says how much. dst may
+// be open for reading only where this process has CAP_SYS_ADMIN.
+func (f *Fd) Dedupe(dst *Fd, off, length int64) (shared int64, equal bool, err error) {
+	r := unix.FileDedupeRange{
+		Src_offset: uint64(off), Src_length: uint64(length),
+		Info: []unix.FileDedupeRangeInfo{{Dest_fd: int64(dst.n), Dest_offset: uint64(off)}},
+	}
+	err = retry(func() error { return unix.IoctlFileDedupeRange(f.n, &r) })
+	i := r.Info[0]
+	if err == nil && i.Status < 0 {
+		err = syscall.Errno(-i.Status)
+	}
+	return int64(i.Bytes_deduped), i.Status == unix.FILE_DEDUPE_RANGE_SAME, f.err("ioctl FIDEDUPERANGE", "", err)
 }
 
 // Clone makes f share all blocks of src (FICLONE). EOPNOTSUPP, EXDEV or EINVAL
