@@ -5,15 +5,23 @@ import (
 	"fmt"
 
 	"github.com/spf13/cobra"
+
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/snapshot"
 )
 
 func (a *app) gcCommand() *cobra.Command {
-	return inNamespaces(nsDrop, &cobra.Command{
+	var wait bool
+	c := inNamespaces(nsDrop, &cobra.Command{
 		Use: "gc", Short: "Free what nothing needs any more", Args: cobra.NoArgs,
 		Long: `Remove the bytes of snapshots that were removed while they were in use, leftovers
-of interrupted work, and blobs that no image needs.`,
-		RunE: func(cmd *cobra.Command, _ []string) error { return verbError(a.gc(cmd.Context()), "gc") },
+of interrupted work, and blobs that no image needs. btrfs frees the space of removed
+snapshots in the background; --wait returns when it is free, and drops the qgroups that
+deleted subvolumes left.`,
+		RunE: func(cmd *cobra.Command, _ []string) error { return verbError(a.gc(cmd.Context(), wait), "gc") },
 	})
+	c.Flags().BoolVarP(&wait, "wait", "w", false, "until the space is free")
+	return c
 }
 
 // gcReport is what gc freed and what it could not.
@@ -26,7 +34,7 @@ type gcReport struct {
 	Left     []string `json:"left,omitempty"`
 }
 
-func (a *app) gc(ctx context.Context) error {
+func (a *app) gc(ctx context.Context, wait bool) error {
 	v, err := a.openSwept(ctx)
 	if err != nil {
 		return err
@@ -48,6 +56,11 @@ func (a *app) gc(ctx context.Context) error {
 		return err
 	}
 	r.Layers, r.Bytes = g.Layers, g.Bytes
+	if wait {
+		if err := a.waitFreed(ctx, v.Store()); err != nil {
+			return err
+		}
+	}
 	for _, b := range g.Left {
 		r.Left = append(r.Left, fmt.Sprintf("%s layer %s stays: %s", b.Driver, b.ID, b.Why))
 	}
@@ -62,4 +75,10 @@ func (a *app) gc(ctx context.Context) error {
 			r.Layers, humanBytes(r.Bytes), r.Blobs, humanBytes(r.BlobSize), r.Leftover)
 	}
 	return nil
+}
+
+func (a *app) waitFreed(ctx context.Context, s *snapshot.Store) error {
+	p := a.startSteps("gc")
+	defer p.Stop()
+	return s.WaitFreed(drivers.WithProgress(ctx, func(g drivers.Progress) { p.Step(g.Step, g.Entries, 0) }))
 }

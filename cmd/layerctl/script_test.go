@@ -39,6 +39,11 @@ func TestScriptsAsRoot(t *testing.T) {
 	runScripts(t, "testdata/root", fileSystem(t), nil)
 }
 
+// TestScriptsOnBtrfs runs testdata/btrfs on btrfs.
+func TestScriptsOnBtrfs(t *testing.T) {
+	runScripts(t, "testdata/btrfs", testenv.FS(t, "btrfs", testenv.Size(512<<20)), nil)
+}
+
 // TestScriptsAsUser runs testdata/user as an ordinary user, who has no ranges of
 // ids.
 func TestScriptsAsUser(t *testing.T) {

@@ -11,19 +11,53 @@ import (
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
+type usageOptions struct {
+	sync  bool
+	quota string
+}
+
 func (a *app) usageCommand() *cobra.Command {
-	return inNamespaces(nsEnter, &cobra.Command{
+	var o usageOptions
+	c := inNamespaces(nsEnter, &cobra.Command{
 		Use: "usage [NAME]...", Short: "Show what snapshots hold on disk", Aliases: []string{"df"},
 		Long: `Show what snapshots hold themselves and with all below them, in allocated bytes.
-Without a name, the parts of the whole store and what is free.`,
+Without a name, the parts of the whole store and what is free.
+
+On btrfs the figures of a writable snapshot are those of the last transaction: up to
+half a minute old. --sync flushes first. With --enable-quota the file system counts
+for each subvolume, metadata, too, and snapshots can have a quota. That is a setting
+of the whole file system, costs every writer something, and stays until "btrfs quota
+disable": qgroups work everywhere; simple quotas cost less, and kernels before 6.7 do
+not mount a file system that has them.`,
 		ValidArgsFunction: a.completeNames(0),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if len(args) == 0 {
-				return verbError(a.df(cmd.Context()), "usage")
+			err := a.prepareUsage(cmd.Context(), o)
+			if err == nil && len(args) == 0 {
+				err = a.df(cmd.Context())
+			} else if err == nil {
+				err = a.usage(cmd.Context(), args)
 			}
-			return verbError(a.usage(cmd.Context(), args), "usage")
+			return verbError(err, "usage")
 		},
 	})
+	c.Flags().BoolVar(&o.sync, "sync", false, "flush first, where figures lag behind (btrfs)")
+	c.Flags().StringVar(&o.quota, "enable-quota", "", "switch on the accounting that quotas need, for the whole file system (btrfs): qgroups or simple")
+	c.Flags().Lookup("enable-quota").NoOptDefVal = "qgroups"
+	return c
+}
+
+func (a *app) prepareUsage(ctx context.Context, o usageOptions) error {
+	if !o.sync && o.quota == "" {
+		return nil
+	}
+	v, err := a.openView(ctx)
+	if err == nil && o.quota != "" {
+		err = v.Store().EnableQuota(ctx, a.driver, o.quota)
+	}
+	if err == nil && o.sync {
+		err = v.Store().SyncUsage(ctx)
+	}
+	return err
 }
 
 // usageRow is a line of usage NAME.
