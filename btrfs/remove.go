@@ -144,6 +144,11 @@ func destroySubvolume(ctx context.Context, dir *sys.Fd, name string) error {
 		return err
 	}
 	err = ioctl.Destroy(dir, name)
+	if errors.Is(err, syscall.EROFS) { // with user_subvol_rm_allowed: only root deletes what is read-only
+		if err = ioctl.SetReadOnly(s, false); err == nil {
+			err = ioctl.Destroy(dir, name)
+		}
+	}
 	if errors.Is(err, syscall.EPERM) {
 		err = emptySubvolumeByHand(ctx, dir, s, name)
 	}

@@ -107,6 +107,9 @@ func (k *kit) dropDisk(dir, image string) {
 		k.check(k.driver.Close())
 	}
 	k.check(mount.Unmount(dir, mount.UnmountOptions{Wait: 10 * time.Second})) // a server may just be going away
+	if k.fs.kind == "btrfs" {
+		testenv.CheckBtrfs(k.T, image)
+	}
 	k.check(os.Remove(image))
 }
 

@@ -49,7 +49,8 @@ var mkfs = map[string][]string{
 
 // FS makes a file system of the kind ext4, xfs, btrfs or tmpfs, mounts it and
 // returns its root, a short path. At the end of the test it is unmounted, which
-// fails the test if something still uses it. Needs root (see Root).
+// fails the test if something still uses it, and a btrfs is checked: whatever was
+// killed or cut in the test must have left it sound. Needs root (see Root).
 func FS(t testing.TB, kind string, opts ...Option) string {
 	t.Helper()
 	Root(t)
@@ -127,7 +128,20 @@ func mountFS(t testing.TB, kind, source, dir string, o fsOptions) {
 	if err != nil {
 		t.Fatalf("%v (options %q)", err, data)
 	}
-	t.Cleanup(func() { unmountFS(t, dir) })
+	t.Cleanup(func() {
+		unmountFS(t, dir)
+		if kind == "btrfs" {
+			CheckBtrfs(t, Image(dir))
+		}
+	})
+}
+
+// CheckBtrfs runs btrfs check on the file of an unmounted file system.
+func CheckBtrfs(t testing.TB, image string) {
+	out, err := exec.Command(Program(t, "btrfs", "btrfs-progs"), "check", "--readonly", image).CombinedOutput()
+	if err != nil {
+		t.Errorf("btrfs check: %v\n%s", err, out)
+	}
 }
 
 // unmountFS waits for processes and namespaces that are just ending: on a
