@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -33,7 +34,7 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 	if where != "" {
 		return fmt.Errorf("mounted at %s: %w", where, errdefs.ErrFailedPrecondition)
 	}
-	if err := d.discard(id); err != nil {
+	if err := d.discard(ctx, id); err != nil {
 		return err
 	}
 	if err := drivers.Step(ctx, "btrfs: remove: renamed"); err != nil {
@@ -48,8 +49,10 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 }
 
 // discard moves l/ID to del/ID. One transaction has the rename or it has it not,
-// and no deletion in del/ID is in an older one.
-func (d *driver) discard(id drivers.ID) error {
+// and no deletion in del/ID is in an older one. A full btrfs has reserves for
+// deletions, not for renames: there the layer is deleted where it is, and until that
+// is done is one whose subvolume is lost.
+func (d *driver) discard(ctx context.Context, id drivers.ID) error {
 	layers, err := d.open(layersDir)
 	if err != nil {
 		return err
@@ -61,8 +64,11 @@ func (d *driver) discard(id drivers.ID) error {
 	}
 	defer deleted.Close()
 	err = layers.Rename(id.String(), deleted, id.String(), sys.RENAME_NOREPLACE)
-	if errors.Is(err, syscall.ENOENT) {
+	switch {
+	case errors.Is(err, syscall.ENOENT):
 		return nil
+	case errors.Is(err, syscall.ENOSPC):
+		return d.empty(ctx, layersDir, id)
 	}
 	return err
 }
@@ -86,7 +92,8 @@ func (d *driver) empty(ctx context.Context, name string, id drivers.ID) error {
 	return ioctl.Sync(dir)
 }
 
-// destroyLayer deletes the directory of a layer with all its subvolumes.
+// destroyLayer deletes the directory of a layer with all its subvolumes; fs before
+// ro, without which a committed layer would look writable.
 func destroyLayer(ctx context.Context, dir *sys.Fd, name string) error {
 	l, err := dir.Openat(name, sys.O_RDONLY|sys.O_DIRECTORY, 0)
 	if err != nil {
@@ -97,6 +104,7 @@ func destroyLayer(ctx context.Context, dir *sys.Fd, name string) error {
 	if err != nil {
 		return err
 	}
+	slices.SortFunc(names, func(a, b sys.Dirent) int { return strings.Compare(a.Name, b.Name) })
 	for _, e := range names {
 		if strings.HasPrefix(e.Name, diffPrefix) {
 			err = destroyLayer(ctx, l, e.Name)

@@ -380,6 +380,11 @@ func (c *checker) missing(ctx context.Context, driver string, d drivers.Driver) 
 		if err != nil {
 			return err
 		}
+		if object, ok := recorded[id]; ok {
+			if err := c.lost(ctx, d, id, object); err != nil {
+				return err
+			}
+		}
 		delete(recorded, id)
 	}
 	if len(recorded) == 0 {
@@ -393,6 +398,19 @@ func (c *checker) missing(ctx context.Context, driver string, d drivers.Driver) 
 		if object, ok := still[id]; ok {
 			c.add(Finding{Problem: LayerMissing, Object: object, Detail: fmt.Sprintf("driver %s has no layer %s", driver, id), Suggestion: "remove the snapshot and what is above it, or restore the driver's directory"})
 		}
+	}
+	return nil
+}
+
+// lost finds a layer of which the driver has something, but not what is to be
+// mounted.
+func (c *checker) lost(ctx context.Context, d drivers.Driver, id drivers.ID, object string) error {
+	n, _, err := c.s.committedNode(ctx, id)
+	if err != nil || n == nil {
+		return err // removed meanwhile
+	}
+	if _, err := d.Mounts(ctx, n.ref, drivers.MountOptions{ReadOnly: true}); errdefs.IsDataLoss(err) {
+		c.add(Finding{Problem: LayerMissing, Object: object, Detail: err.Error(), Suggestion: "remove the snapshot and what is above it, or restore the driver's directory"})
 	}
 	return nil
 }

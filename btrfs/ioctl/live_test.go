@@ -229,7 +229,7 @@ func TestInfo(t *testing.T) {
 func TestProbe(t *testing.T) {
 	dir := testenv.FS(t, "btrfs", testenv.Size(256<<20))
 	for _, r := range ioctl.Probe(open(t, dir)) {
-		if r.Answer == kprobe.Unknown || r.Answer == kprobe.No && r.Feature != "quota" && r.Feature != "SUBVOL_SYNC_WAIT" {
+		if r.Answer == kprobe.Unknown || r.Answer == kprobe.No && !slices.Contains([]string{"quota", "simple quotas", "SUBVOL_SYNC_WAIT"}, r.Feature) {
 			t.Errorf("%s on btrfs", r)
 		}
 	}

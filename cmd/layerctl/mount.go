@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -25,6 +26,22 @@ type mountOptions struct {
 	rw     bool
 	name   string
 	labels map[string]string
+	quota  size
+}
+
+// size is a flag of bytes, with a unit or not.
+type size int64
+
+func (s *size) String() string { return strconv.FormatInt(int64(*s), 10) }
+func (s *size) Type() string   { return "SIZE" }
+
+func (s *size) Set(text string) error {
+	n, err := parseCount(text)
+	if err == nil && n < 0 {
+		err = fmt.Errorf("%q is no size", text)
+	}
+	*s = size(n)
+	return err
 }
 
 func (a *app) mountCommand() *cobra.Command {
@@ -52,12 +69,16 @@ holds; "layerctl unshare COMMAND" runs a command there.`,
 				}
 				return verbError(a.listMounts(cmd.Context()), "mount")
 			}
+			if o.quota > 0 && !o.rw {
+				return usagef(cmd, "--quota is for what --rw makes")
+			}
 			return verbError(a.mount(cmd.Context(), args, o), "mount", args[0])
 		},
 	})
 	c.Flags().BoolVar(&o.rw, "rw", false, "mount writable")
 	c.Flags().StringVar(&o.name, "name", "", "the name of the new writable snapshot or, read-only, of a view")
 	c.Flags().StringToStringVar(&o.labels, "label", nil, "labels of the new snapshot")
+	c.Flags().Var(&o.quota, "quota", "what may be written to the new snapshot: bytes, or with K, M, G or T")
 	_ = c.RegisterFlagCompletionFunc("name", a.completeNames(0, snapshots.KindActive, snapshots.KindView))
 	return c
 }
@@ -259,7 +280,7 @@ func (m *mounting) make(ctx context.Context, target string) (err error) {
 		}
 	}
 	if m.prepare {
-		o := snapshot.CreateOptions{ReadOnly: m.kind == snapshots.KindView, Labels: m.o.labels}
+		o := snapshot.CreateOptions{ReadOnly: m.kind == snapshots.KindView, Labels: m.o.labels, Quota: int64(m.o.quota)}
 		if err := m.v.Create(ctx, m.key, m.base.Name, o); err != nil {
 			return err
 		}
