@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/containerd/errdefs"
 
@@ -38,22 +39,39 @@ func (s *Store) eachSettler(ctx context.Context, op string, do func(drivers.Sett
 }
 
 // EnableQuota switches the accounting on that a driver's quota needs, for the whole
-// file system that the store is on; "" is the default driver. It holds for stores
-// that are opened from then on.
+// file system that the store is on; "" is every driver here that needs one. It
+// holds for stores that are opened from then on.
 func (s *Store) EnableQuota(ctx context.Context, driver, kind string) error {
-	d, err := s.Driver(ctx, driver)
-	if err == nil && s.o.ReadOnly {
-		err = errReadOnly
+	if err := s.enableQuota(ctx, driver, kind); err != nil {
+		return fmt.Errorf("snapshot: enable quota: %w", err)
 	}
-	if err == nil {
-		if q, ok := d.(drivers.QuotaEnabler); ok {
-			err = q.EnableQuota(ctx, kind)
-		} else {
-			err = fmt.Errorf("driver %s has nothing to switch on: %w", d.Capabilities().Driver, errdefs.ErrInvalidArgument)
-		}
+	return nil
+}
+
+func (s *Store) enableQuota(ctx context.Context, driver, kind string) error {
+	if s.o.ReadOnly {
+		return errReadOnly
+	}
+	in, err := s.driversInUse(ctx)
+	if err == nil && driver != "" {
+		var d drivers.Driver
+		d, err = s.Driver(ctx, driver)
+		in = map[string]drivers.Driver{driver: d}
 	}
 	if err != nil {
-		return fmt.Errorf("snapshot: enable quota: %w", err)
+		return err
+	}
+	done := false
+	for _, name := range slices.Sorted(maps.Keys(in)) {
+		if q, ok := in[name].(drivers.QuotaEnabler); ok {
+			if err := q.EnableQuota(ctx, kind); err != nil {
+				return err
+			}
+			done = true
+		}
+	}
+	if !done {
+		return fmt.Errorf("no accounting to switch on for %s: %w", strings.Join(slices.Sorted(maps.Keys(in)), ", "), errdefs.ErrInvalidArgument)
 	}
 	return nil
 }
