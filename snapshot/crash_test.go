@@ -341,8 +341,8 @@ func stress(t *testing.T, driver string, length time.Duration) {
 	last, err := v.Record(t.Context(), "last")
 	must(t, err)
 	t.Logf("%d processes ran, %d killed; IDs up to %d; the last open recovered %d things", stress.runs, stress.killed, last.ID, len(s.Recovered()))
-	if last.ID < 50 {
-		t.Errorf("only %d layers were made: they hinder each other", last.ID)
+	if int(last.ID) < stress.runs { // how many more is a matter of the machine
+		t.Errorf("%d processes made only %d layers: they hinder each other", stress.runs, last.ID)
 	}
 	if stress.killed == 0 {
 		t.Error("none was killed")

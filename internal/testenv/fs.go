@@ -136,10 +136,14 @@ func mountFS(t testing.TB, kind, source, dir string, o fsOptions) {
 	})
 }
 
-// CheckBtrfs runs btrfs check on the file of an unmounted file system.
+// CheckBtrfs runs btrfs check on the file of an unmounted file system, unless that
+// has a feature that the program here does not know (simple quotas, before 6.7).
 func CheckBtrfs(t testing.TB, image string) {
 	out, err := exec.Command(Program(t, "btrfs", "btrfs-progs"), "check", "--readonly", image).CombinedOutput()
-	if err != nil {
+	switch {
+	case bytes.Contains(out, []byte("unsupported option features")):
+		t.Logf("not checked: %s", bytes.TrimSpace(out))
+	case err != nil:
 		t.Errorf("btrfs check: %v\n%s", err, out)
 	}
 }
