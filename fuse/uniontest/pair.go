@@ -112,7 +112,25 @@ func (p *pair) lost(o treegen.Op, kernel, other string) bool {
 
 // avoided reports whether an operation would meet a named difference.
 func (p *pair) avoided(o treegen.Op) bool {
-	return p.setIDWrite(o) || p.failedRename(o)
+	return p.setIDWrite(o) || p.failedRename(o) || p.longRedirect(o)
+}
+
+// longRedirect reports whether a metacopy file that may have several names would be
+// moved by one that is too long for a redirect: the data of ours is found by the first
+// of its names, the kernel's by the one that is moved, and that is EXDEV.
+func (p *pair) longRedirect(o treegen.Op) bool {
+	const longest = 254 // redirects are to 255 bytes with a slash
+	s := p.sides[0]
+	if !s.noTimes || !s.noLinks { // metacopy=on, index=on
+		return false
+	}
+	switch o.Verb {
+	case treegen.Rename, treegen.Link, opNoRepl:
+		return len(o.Path) > longest
+	case treegen.Exchange:
+		return max(len(o.Path), len(o.To)) > longest
+	}
+	return false
 }
 
 // failedRename reports whether a directory would be renamed onto one with names.
