@@ -152,7 +152,8 @@ func (p *pair) failedRename(o treegen.Op) bool {
 	return err == nil && len(names) > 0
 }
 
-// setIDWrite reports whether a file with setuid or setgid bits would be written.
+// setIDWrite reports whether a file with setuid or setgid bits would be written, or
+// one mapped that has a capability.
 func (p *pair) setIDWrite(o treegen.Op) bool {
 	if p.sides[1].subject.differs(SetIDLater) == "" {
 		return false
@@ -174,7 +175,13 @@ func (p *pair) setIDWrite(o treegen.Op) bool {
 		return false
 	}
 	var st unix.Stat_t
-	return unix.Fstat(fd(f), &st) == nil && st.Mode&setID != 0
+	if unix.Fstat(fd(f), &st) == nil && st.Mode&setID != 0 {
+		return true
+	}
+	// What had such a bit when it was opened is written by the server, what is mapped,
+	// too, and that is a write like any other: it takes the capability.
+	_, err := unix.Fgetxattr(fd(f), "security.capability", nil)
+	return o.Verb == opMmap && err == nil
 }
 
 // compare compares the two trees as they are shown.
