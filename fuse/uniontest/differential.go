@@ -139,7 +139,7 @@ func (d *differential) run(ops []treegen.Op) (err error) {
 	if err != nil {
 		return err
 	}
-	p := &pair{differential: d}
+	p := &pair{differential: d, longNames: hasLongNames(lowers)}
 	defer p.end()
 	for i, s := range []*Subject{Kernel(), d.subject} {
 		one, err := newSide(filepath.Join(dir, "side"+fmt.Sprint(i)), s, lowers, options)

@@ -2,7 +2,9 @@ package uniontest
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -16,7 +18,8 @@ import (
 // pair is the two sides, the kernel's first.
 type pair struct {
 	*differential
-	sides []*side
+	sides     []*side
+	longNames bool // see longRedirect
 }
 
 // each does something to both sides.
@@ -115,22 +118,41 @@ func (p *pair) avoided(o treegen.Op) bool {
 	return p.setIDWrite(o) || p.failedRename(o) || p.longRedirect(o)
 }
 
-// longRedirect reports whether a metacopy file that may have several names would be
-// moved by one that is too long for a redirect: the data of ours is found by the first
-// of its names, the kernel's by the one that is moved, and that is EXDEV.
+// longRedirect reports whether a metacopy file of several names would be moved or
+// linked where a lower has it by a name that is too long for a redirect. The data of
+// ours is found by the first of its names, the kernel's by the one that is moved;
+// for either it may be too long, which is EXDEV.
 func (p *pair) longRedirect(o treegen.Op) bool {
-	const longest = 254 // redirects are to 255 bytes with a slash
 	s := p.sides[0]
-	if !s.noTimes || !s.noLinks { // metacopy=on, index=on
+	if !p.longNames || !s.noTimes || !s.noLinks { // metacopy=on, index=on
 		return false
 	}
-	switch o.Verb {
-	case treegen.Rename, treegen.Link, opNoRepl:
-		return len(o.Path) > longest
-	case treegen.Exchange:
-		return max(len(o.Path), len(o.To)) > longest
+	if !slices.Contains([]treegen.Verb{treegen.Rename, treegen.Link, treegen.Exchange, opNoRepl}, o.Verb) {
+		return false
+	}
+	for _, path := range []string{o.Path, o.To} {
+		if st, err := s.stat(path); err == nil && st.IsReg() && st.Nlink > 1 {
+			return true
+		}
 	}
 	return false
+}
+
+// hasLongNames reports whether a file of several names has one in the layers that is
+// too long for a redirect.
+func hasLongNames(layers []string) bool {
+	const longest = 254 // redirects are to 255 bytes with a slash
+	found := false
+	for _, l := range layers {
+		_ = filepath.WalkDir(l, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.Type().IsRegular() && len(path)-len(l)-1 > longest {
+				st, err := sys.LstatPath(path)
+				found = found || err == nil && st.Nlink > 1
+			}
+			return nil
+		})
+	}
+	return found
 }
 
 // failedRename reports whether a directory would be renamed onto one with names.

@@ -69,7 +69,7 @@ else
 		export FSTYP=ext4 OVERLAY_MOUNT_OPTIONS="${SUITE_OPTIONS:+-o $SUITE_OPTIONS}"
 	END
 	. "$config"
-	trap 'for d in "$TEST_DEV" "$SCRATCH_DEV"; do losetup -d "$d"; done; finish' EXIT
+	trap 'rc=$?; for d in "$TEST_DEV" "$SCRATCH_DEV"; do losetup -d "$d"; done; (exit $rc); finish' EXIT
 	set -- -overlay "$@"
 	if [ "$kind" != kernel ]; then
 		cp "$here/mount" "$top/bin/mount"
