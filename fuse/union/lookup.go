@@ -480,8 +480,8 @@ func (d *lowerSearch) directory(base *realDir, fd int, name, before, after strin
 	}
 	switch to := facts.redirect; {
 	case to == "":
-	case to[0] == '/':
-		d.name, d.redir = to+after, true
+	case to[0] == '/': // leads away from below what was opaque on the way
+		d.name, d.redir, d.stop = to+after, true, false
 	case before == "":
 		d.name, d.redir = to, true
 	default:
