@@ -98,6 +98,7 @@ var inodeCases = map[string]func(*Kit){
 		}
 	},
 	"d_ino of a name linked into a listed directory": func(k *Kit) {
+		k.needRoot("file handles")
 		k.options("xino=on")
 		k.union(file("a", "x"))
 		k.makedir("d")
