@@ -44,11 +44,11 @@ func Open(ctx context.Context, c drivers.Config) (*Driver, error) {
 	if f.works.Answer != kprobe.Yes {
 		return nil, fmt.Errorf("fuse: open %s: %s: %w", root, f.reason(), unavailable(f))
 	}
-	u := &union{opts: opts}
+	u := &union{opts: opts, noBinds: f.ordinary}
 	l, err := upper.Open(upper.Config{
 		Root: root, Union: u, Capabilities: u.capabilities(&f),
 		NoQuota:   f.detail(featQuota),
-		NoIDMap:   "owners would be shown by ids that this user namespace does not have",
+		NoIDMap:   "owners would be shown by ids that this user, or its user namespace, does not have",
 		Xattrs:    f.xattrs(),
 		Volatile:  opts.volatile,
 		StoredIDs: true,
@@ -72,7 +72,7 @@ func (u *union) capabilities(f *features) drivers.Capabilities {
 	c := drivers.Capabilities{
 		Driver: driverName, Diff: true, Apply: true, Rebase: true,
 		Quota:      f.has(featQuota),
-		IDMap:      !f.userns, // the kernel shows owners that the user namespace has; a map leads elsewhere
+		IDMap:      !f.rootless(), // the kernel shows owners that the user namespace has; a map leads elsewhere
 		Reflink:    f.has(featReflink),
 		UsageBytes: true, UsageInodes: true,
 		MaxParents:      upper.MaxLowers, // others mount as many: a helper has no page of options to keep to
@@ -80,7 +80,7 @@ func (u *union) capabilities(f *features) drivers.Capabilities {
 		DirRenameEXDEV:  u.opts.redirect != "on",
 		SharedWriter:    true,
 	}
-	if f.userns {
+	if f.rootless() {
 		c.Lost = []string{"device nodes", "owners outside the user namespace (kept in user.containers.override_stat, where a later chmod or chown is not seen)", "trusted.* xattrs"}
 	}
 	return c

@@ -20,12 +20,13 @@ const mountType = "fuse3." + program
 type union struct {
 	opts      options
 	userxattr bool
+	noBinds   bool // an ordinary user has the set-uid fusermount3 to mount, which binds nothing
 }
 
 // Mount is upper.Union's. The source names the layer, so that mountinfo tells whose
 // mount it is.
 func (u *union) Mount(p upper.Plan) (mount.Mount, error) {
-	if m, ok := p.Bind(); ok {
+	if m, ok := p.Bind(); ok && !u.noBinds {
 		return m, nil
 	}
 	source := p.Upper
@@ -59,6 +60,9 @@ func (u *union) mountOptions(p upper.Plan) []string {
 	}
 	if p.Upper != "" {
 		o = append(o, "workdir="+p.Work, "upperdir="+p.Upper)
+	}
+	if len(p.Lowers) == 0 {
+		return o
 	}
 	return append(o, "lowerdir="+strings.Join(p.Lowers, ":"))
 }

@@ -36,7 +36,11 @@ type features struct {
 	fs        sys.FSType
 	userxattr bool // only user.overlay.* can be set here
 	userns    bool
+	ordinary  bool // no user namespace's root either: fusermount3 mounts
 }
+
+// rootless reports whether owners and devices are not this process's to give.
+func (f *features) rootless() bool { return f.userns || f.ordinary }
 
 func (f *features) find(name string) (kprobe.Result, bool) {
 	for _, r := range f.all {
@@ -77,6 +81,9 @@ func (f *features) reason() string {
 	if f.userxattr {
 		how += " with userxattr"
 	}
+	if f.ordinary {
+		how += ", mounted by fusermount3"
+	}
 	return how
 }
 
@@ -93,7 +100,7 @@ func probeFeatures(ctx context.Context, dir string) features {
 		return features{works: answer(featUnion, err)}
 	}
 	defer s.Remove()
-	p := prober{ctx: ctx, scratch: s, f: features{userns: userns.RunningInUserNS()}}
+	p := prober{ctx: ctx, scratch: s, f: features{userns: userns.RunningInUserNS(), ordinary: os.Geteuid() != 0}}
 	p.run()
 	return p.f
 }
@@ -152,7 +159,7 @@ func (p *prober) explain() string {
 	case errors.Is(err, syscall.EACCES) && os.Geteuid() != 0, errors.Is(err, syscall.EACCES) && p.f.userns:
 		return "/dev/fuse may not be opened (chmod 0666 /dev/fuse is what desktops have): " + err.Error()
 	case errors.Is(err, syscall.EPERM) && os.Geteuid() != 0:
-		return "mounting needs root or a user namespace: " + err.Error()
+		return "mounting needs root, a user namespace or fusermount3: " + err.Error()
 	}
 	return err.Error()
 }
@@ -200,7 +207,7 @@ func (p *prober) try() error {
 }
 
 func (p *prober) mount(up, work string) (*lmount.Tree, error) {
-	u := union{opts: options{redirect: "follow"}, userxattr: p.f.userxattr}
+	u := union{opts: options{redirect: "follow"}, userxattr: p.f.userxattr, noBinds: p.f.ordinary}
 	pl := upper.Plan{Lowers: []string{p.scratch.Path() + "/lower"}, Upper: up, Work: work}
 	return lmount.Detached(p.ctx, []lmount.Mount{{Type: mountType, Source: up, Options: u.mountOptions(pl)}})
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/internal/fusermount"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -38,15 +39,11 @@ func (p *plan) serve(ctx context.Context) (root *sys.Fd, s *served, err error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	dev, err := sys.Open("/dev/fuse", sys.O_RDWR, 0)
+	root, file, err := p.kernelHalf(ctx)
 	if err != nil {
-		return nil, nil, fmt.Errorf("FUSE: %w", err)
-	}
-	file := dev.File()
-	defer file.Close()
-	if root, err = p.fuseMount(int(file.Fd())); err != nil {
 		return nil, nil, err
 	}
+	defer file.Close()
 	if s, err = startServer(program, p.words(), file); err != nil {
 		root.Close()
 		return nil, nil, err
@@ -103,6 +100,59 @@ func attributes(options []string) uint64 {
 		}
 	}
 	return attrs
+}
+
+// kernelHalf mounts, attached nowhere, and returns the root and the /dev/fuse to
+// serve. An ordinary user has fusermount3 do it.
+func (p *plan) kernelHalf(ctx context.Context) (*sys.Fd, *os.File, error) {
+	dev, err := sys.Open("/dev/fuse", sys.O_RDWR, 0)
+	if err != nil {
+		err = fmt.Errorf("FUSE: %w", err)
+	} else {
+		file := dev.File()
+		root, merr := p.fuseMount(int(file.Fd()))
+		if merr == nil {
+			return root, file, nil
+		}
+		file.Close()
+		err = merr
+	}
+	if os.Geteuid() == 0 || !errors.Is(err, syscall.EPERM) && !errors.Is(err, syscall.EACCES) {
+		return nil, nil, err
+	}
+	root, file, ferr := p.byFusermount(ctx)
+	if ferr != nil {
+		return nil, nil, fmt.Errorf("%w; %v", err, ferr)
+	}
+	return root, file, nil
+}
+
+// byFusermount mounts at a directory that it makes and unmounts there at once: the
+// mount then is where only the open root leads, and goes with that.
+func (p *plan) byFusermount(ctx context.Context) (*sys.Fd, *os.File, error) {
+	dir, err := os.MkdirTemp("", "fuse-")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer os.Remove(dir)
+	options := []string{fusermount.Option("fsname", p.source), "subtype=" + p.fstype, "default_permissions"}
+	if attributes(p.words())&sys.MOUNT_ATTR_RDONLY != 0 {
+		options = append(options, "ro")
+	}
+	dev, err := fusermount.Mount(ctx, dir, options)
+	if err != nil {
+		return nil, nil, err
+	}
+	root, err := sys.Open(dir, sys.O_PATH|sys.O_DIRECTORY, 0)
+	if uerr := fusermount.Unmount(dir, true); err == nil && uerr != nil {
+		root.Close()
+		err = uerr
+	}
+	if err != nil {
+		dev.Close()
+		return nil, nil, err
+	}
+	return root, dev.File(), nil
 }
 
 // fuseMount makes the kernel's half.

@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/internal/fusermount"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -46,7 +46,7 @@ func Unmount(target string, o UnmountOptions) (err error) {
 	}
 	end := time.Now().Add(o.Wait)
 	for pause := time.Millisecond; ; pause = min(2*pause, 50*time.Millisecond) {
-		err = sys.Umount(target, flags)
+		err = unmount(target, flags)
 		switch {
 		case errors.Is(err, syscall.EBUSY) && time.Now().Before(end):
 			time.Sleep(pause)
@@ -55,8 +55,6 @@ func Unmount(target string, o UnmountOptions) (err error) {
 			return nil
 		case errors.Is(err, syscall.EBUSY):
 			return busy(target, err)
-		case errors.Is(err, syscall.EPERM) && unmountFUSE(target, o.Lazy):
-			return nil
 		}
 		return withSentinel("mount: unmount", err)
 	}
@@ -105,23 +103,22 @@ func isMountpoint(target string) bool {
 	return err != nil && !errors.Is(err, os.ErrNotExist) || s.IsMountRoot()
 }
 
-// unmountFUSE undoes a user's own FUSE mount by the set-uid program that made
-// it.
-func unmountFUSE(target string, lazy bool) bool {
-	s, err := sys.StatfsPath(target)
-	if err != nil && !errors.Is(err, syscall.ENOTCONN) || err == nil && s.Type != sys.FUSE_SUPER_MAGIC {
-		return false
+// unmount is umount(2), by the set-uid program that made it for a user's own FUSE
+// mount.
+func unmount(target string, flags int) error {
+	err := sys.Umount(target, flags)
+	if !errors.Is(err, syscall.EPERM) {
+		return err
 	}
-	args := []string{"-u", target}
-	if lazy {
-		args = []string{"-u", "-z", target}
+	s, serr := sys.StatfsPath(target)
+	if serr != nil && !errors.Is(serr, syscall.ENOTCONN) || serr == nil && s.Type != sys.FUSE_SUPER_MAGIC {
+		return err
 	}
-	for _, program := range []string{"fusermount3", "fusermount"} {
-		if exec.Command(program, args...).Run() == nil {
-			return true
-		}
+	ferr := fusermount.Unmount(target, flags&sys.MNT_DETACH != 0)
+	if ferr != nil && !errors.Is(ferr, syscall.EBUSY) {
+		return fmt.Errorf("%w; %w", err, ferr)
 	}
-	return false
+	return ferr
 }
 
 // namedHolders bounds how many holders an error names.

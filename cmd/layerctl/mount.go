@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/userns"
 	"github.com/layerctl/layerctl/mount"
 	"github.com/layerctl/layerctl/snapshot"
 )
@@ -59,7 +60,8 @@ the same command again.
 Without arguments the mounts of this store are listed.
 
 The mount of an ordinary user is seen in the namespaces that a keeper process
-holds; "layerctl unshare COMMAND" runs a command there.`,
+holds; "layerctl unshare COMMAND" runs a command there. Where user namespaces are
+not to be had, fusermount3 mounts layers of the driver fuse for everybody to see.`,
 		Args:              cobra.MaximumNArgs(2),
 		ValidArgsFunction: a.completeNames(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -297,7 +299,15 @@ func (m *mounting) make(ctx context.Context, target string) (err error) {
 	if err != nil {
 		return err
 	}
-	return mount.All(ctx, ms, target)
+	return bindHint(mount.All(ctx, ms, target), ms)
+}
+
+// bindHint says how a user who may bind nothing gets a layer that can be mounted.
+func bindHint(err error, ms []mount.Mount) error {
+	if errors.Is(err, syscall.EPERM) && userns.Needed() && ms[0].Type == "bind" {
+		return hintf(err, "without user namespaces only layers of the driver fuse can be mounted: import with `--driver fuse`, or %s", allowNamespaces)
+	}
+	return err
 }
 
 // makeMountpoint makes the last component of target, and ROOT/mnt above it, if

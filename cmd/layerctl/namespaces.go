@@ -14,6 +14,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/layerctl/layerctl"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/userns"
 )
 
@@ -28,7 +30,7 @@ func (a *app) enterNamespaces(c userns.Command) error {
 	if !errdefs.IsUnavailable(err) {
 		return err
 	}
-	if c.Keep {
+	if c.Keep && !a.fuseWorks() {
 		return a.noMounts(err)
 	}
 	if !a.quiet {
@@ -38,30 +40,31 @@ func (a *app) enterNamespaces(c userns.Command) error {
 }
 
 // noMounts refuses a mount where nothing can make one for an ordinary user, with
-// the reason of either way. The driver fuse needs mounts that are attached
-// nowhere, so without user namespaces it works for no ordinary user; what else
-// it lacks is worth saying.
+// the reason of either way.
 func (a *app) noMounts(err error) error {
-	return hintf(fmt.Errorf("mount: neither user namespaces nor FUSE work here: %w; FUSE: %s", err, a.whyNoFUSE()), allowNamespaces)
+	return hintf(fmt.Errorf("mount: neither user namespaces nor FUSE work here: %w; FUSE: %s", err, a.probeFUSE().Reason), allowNamespaces)
 }
 
 const allowNamespaces = "allow user namespaces, or run as root"
 
-// whyNoFUSE is what the driver fuse says of this place.
-func (a *app) whyNoFUSE() string {
-	reason := "no driver of that name"
+// fuseWorks reports whether the driver fuse can mount for this user, by way of the
+// set-uid fusermount3.
+func (a *app) fuseWorks() bool { return a.probeFUSE().Works == kprobe.Yes }
+
+// probeFUSE is what the driver fuse says of this place.
+func (a *app) probeFUSE() drivers.Probe {
 	for _, f := range layerctl.Drivers().Factories() {
 		if f.Name != "fuse" {
 			continue
 		}
 		dir, err := os.MkdirTemp(existing(a.root), ".layerctl-info-")
 		if err != nil {
-			return err.Error()
+			return drivers.Probe{Reason: err.Error()}
 		}
 		defer os.RemoveAll(dir)
-		reason = f.Probe(context.Background(), dir).Reason
+		return f.Probe(context.Background(), dir)
 	}
-	return reason
+	return drivers.Probe{Reason: "no driver of that name"}
 }
 
 // countMounts counts the store's mounts inside the keeper's namespaces, by a

@@ -30,12 +30,17 @@ func TestMain(m *testing.M) {
 // ordinaryID is a user that this machine need not know.
 const ordinaryID = "61235"
 
+// passwdLine makes the user known.
+const passwdLine = "layertest:x:" + ordinaryID + ":" + ordinaryID + "::/:/bin/sh"
+
 // asOrdinary runs a command as that user.
 var asOrdinary = []string{"setpriv", "--reuid", ordinaryID, "--regid", ordinaryID, "--clear-groups"}
 
 // TestScriptsAsRoot runs testdata/root on ext4, in a private mount namespace.
 func TestScriptsAsRoot(t *testing.T) {
 	testenv.Root(t)
+	testenv.Program(t, "fusermount3", "fuse3")
+	addLine(t, "/etc/passwd", passwdLine) // fusermount3 mounts for nobody without a name
 	runScripts(t, "testdata/root", fileSystem(t), nil)
 }
 
@@ -61,8 +66,7 @@ func TestScriptsAsUser(t *testing.T) {
 func TestScriptsWithRanges(t *testing.T) {
 	testenv.Root(t)
 	testenv.Program(t, "newuidmap", "uidmap")
-	user := "layertest:x:" + ordinaryID + ":" + ordinaryID
-	addLine(t, "/etc/passwd", user+"::/:/bin/sh")
+	addLine(t, "/etc/passwd", passwdLine)
 	addLine(t, "/etc/group", "layertest:x:"+ordinaryID+":")
 	addLine(t, "/etc/subuid", "layertest:700000:65536")
 	addLine(t, "/etc/subgid", "layertest:800000:65536")

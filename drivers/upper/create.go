@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 
@@ -147,8 +148,9 @@ func (l *Layers) dressRoot(dir *sys.Fd, r drivers.Ref, o drivers.CreateOptions, 
 	if o.RootOwner != nil {
 		owner = *o.RootOwner
 	}
-	if err := fs.Chown("", owner.UID, owner.GID); err != nil {
-		return err
+	err = fs.Chown("", owner.UID, owner.GID)
+	if err != nil && !(o.RootOwner == nil && m.IsZero() && l.keepsStat() && errors.Is(err, syscall.EPERM)) {
+		return err // an ordinary user's own root, of no owner that was asked for, stays its own
 	}
 	if err := fs.Chmod(0o755); err != nil { // whatever the umask is
 		return err

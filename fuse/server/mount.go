@@ -1,14 +1,15 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"strconv"
 	"strings"
 	"syscall"
 
+	"github.com/layerctl/layerctl/internal/fusermount"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -53,7 +54,7 @@ func Mount(target string, o MountOptions) (*sys.Fd, error) {
 			return nil, err
 		}
 	}
-	return fusermount(target, o)
+	return byFusermount(target, o)
 }
 
 // mounted reports whether target names a descriptor.
@@ -87,9 +88,9 @@ var flagNames = []struct {
 	{sys.MS_SYNCHRONOUS, "sync", ""}, {sys.MS_DIRSYNC, "dirsync", ""}, {sys.MS_NOATIME, "noatime", ""},
 }
 
-// fusermount has the setuid program mount: it sends the descriptor over a socket.
-func fusermount(target string, o MountOptions) (*sys.Fd, error) {
-	options := append([]string{"fsname=" + escapeOption(o.Source), "subtype=" + o.Type}, o.options()...)
+// byFusermount has the set-uid program mount.
+func byFusermount(target string, o MountOptions) (*sys.Fd, error) {
+	options := append([]string{fusermount.Option("fsname", o.Source), "subtype=" + o.Type}, o.options()...)
 	for _, f := range flagNames {
 		if o.Flags&f.flag != 0 {
 			options = append(options, f.on)
@@ -97,34 +98,15 @@ func fusermount(target string, o MountOptions) (*sys.Fd, error) {
 			options = append(options, f.off)
 		}
 	}
-	ours, theirs, err := sys.Socketpair()
-	if err != nil {
-		return nil, err
-	}
-	defer ours.Close()
-	socket := theirs.File()
-	defer socket.Close()
-	cmd := exec.Command("fusermount3", "-o", strings.Join(options, ","), "--", target)
-	cmd.Env = append(os.Environ(), "_FUSE_COMMFD=3")
-	cmd.ExtraFiles = []*os.File{socket}
-	out, err := cmd.CombinedOutput()
-	if err != nil {
-		return nil, fmt.Errorf("fusermount3: %w: %s", err, strings.TrimSpace(string(out)))
-	}
-	return ours.RecvFd("/dev/fuse")
+	return fusermount.Mount(context.Background(), target, options)
 }
-
-func escapeOption(s string) string { return strings.NewReplacer(`\`, `\\`, `,`, `\,`).Replace(s) }
 
 // Unmount takes a mount of ours away from target. Who is still in it stays;
 // Serve returns when the last has left.
 func Unmount(target string) error {
 	err := sys.Umount(target, sys.MNT_DETACH|sys.UMOUNT_NOFOLLOW)
 	if errors.Is(err, syscall.EPERM) {
-		if out, err := exec.Command("fusermount3", "-u", "-z", "--", target).CombinedOutput(); err != nil {
-			return fmt.Errorf("fusermount3 -u: %w: %s", err, strings.TrimSpace(string(out)))
-		}
-		return nil
+		return fusermount.Unmount(target, true)
 	}
 	return err
 }

@@ -30,6 +30,7 @@ var level = map[string]int{
 	"internal/treegen":        1,
 	"internal/testenv":        1,
 	"internal/userns":         1,
+	"internal/fusermount":     1,
 	"internal/testenv/vm":     1,
 	"internal/testenv/vm/cmd": 2,
 	"internal/lint":           1,
