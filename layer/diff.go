@@ -1,7 +1,7 @@
 package layer
 
 import (
-	"cmp"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -217,12 +217,11 @@ func (d *differ) dir(path string, inFrom bool, s scope) error {
 	if err != nil {
 		return err
 	}
-	for i := range names {
+	for n := range names {
 		if err := d.ctx.Err(); err != nil {
 			return err
 		}
-		n := &names[i]
-		if err := d.name(join(path, n.name), n, s.all); err != nil {
+		if err := d.name(join(path, n.name), &n, s.all); err != nil {
 			return err
 		}
 	}
@@ -238,21 +237,21 @@ type named struct {
 	extra     bool // a name that Candidates left out of a link group that changed
 }
 
-// names lists what is to be compared in a directory, in order.
-func (d *differ) names(path string, inFrom bool, s *scope) ([]named, error) {
+// names are what is to be compared in a directory, in order.
+func (d *differ) names(path string, inFrom bool, s *scope) (iter.Seq[named], error) {
 	if !s.all && s.candidate {
 		names, all, err := d.o.Candidates(path)
 		if err != nil {
 			return nil, err
 		}
 		if s.all = all; !all {
-			return d.links.withExtras(path, names), nil
+			return slices.Values(d.links.withExtras(path, names)), nil
 		}
 	}
 	if !s.all {
-		return d.links.withExtras(path, nil), nil
+		return slices.Values(d.links.withExtras(path, nil)), nil
 	}
-	var from []string
+	from := &nameList{}
 	if inFrom {
 		var err error
 		if from, err = d.from.list(); err != nil {
@@ -260,11 +259,14 @@ func (d *differ) names(path string, inFrom bool, s *scope) ([]named, error) {
 		}
 	}
 	to, err := d.to.list()
-	return mergeNames(from, to), err
+	if err != nil {
+		return nil, err
+	}
+	return mergeNames(from, to), nil
 }
 
 // list reads the directory that the side stands in; one that went is empty.
-func (s *side) list() ([]string, error) {
+func (s *side) list() (*nameList, error) {
 	fd, err := s.chain.fd()
 	if err != nil {
 		return nil, err
@@ -272,28 +274,34 @@ func (s *side) list() ([]string, error) {
 	return readNames(fd)
 }
 
-func mergeNames(from, to []string) []named {
-	all := make([]named, 0, max(len(from), len(to)))
-	for len(from) > 0 || len(to) > 0 {
-		c := 0
-		switch {
-		case len(to) == 0:
-			c = -1
-		case len(from) == 0:
-			c = 1
-		default:
-			c = cmp.Compare(from[0], to[0])
+func mergeNames(from, to *nameList) iter.Seq[named] {
+	return func(yield func(named) bool) {
+		for i, j := 0, 0; i < from.len() || j < to.len(); {
+			c := 0
+			switch {
+			case j == to.len():
+				c = -1
+			case i == from.len():
+				c = 1
+			default:
+				c = bytes.Compare(from.bytes(from.at[i]), to.bytes(to.at[j]))
+			}
+			n := named{inFrom: c <= 0, inTo: c >= 0, candidate: true}
+			if n.inFrom {
+				n.name = from.name(i)
+				i++
+			}
+			if n.inTo {
+				if !n.inFrom {
+					n.name = to.name(j)
+				}
+				j++
+			}
+			if !yield(n) {
+				return
+			}
 		}
-		n := named{inFrom: c <= 0, inTo: c >= 0, candidate: true}
-		if n.inFrom {
-			n.name, from = from[0], from[1:]
-		}
-		if n.inTo {
-			n.name, to = to[0], to[1:]
-		}
-		all = append(all, n)
 	}
-	return all
 }
 
 func (d *differ) loadBoth(name string, inFrom, inTo bool) (f, t *node, err error) {
@@ -442,10 +450,13 @@ func (d *differ) emptied(path string, f *node, inFrom bool) error {
 	}
 	defer d.from.chain.leave()
 	names, err := d.from.list()
-	for i := 0; i < len(names) && err == nil; i++ {
+	if err != nil {
+		return err
+	}
+	for i := 0; i < names.len() && err == nil; i++ {
 		var n *node
-		child := join(path, names[i])
-		if n, err = d.from.load(names[i]); err != nil {
+		child := join(path, names.name(i))
+		if n, err = d.from.load(names.name(i)); err != nil {
 			return err
 		}
 		if n = d.parts(child, n); n != nil && n.e.Type != TypeSocket {

@@ -1,10 +1,12 @@
 package layer
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"iter"
+	"math"
 	"os"
 	"path"
 	"slices"
@@ -333,19 +335,45 @@ func statBelow(root *sys.Fd, p string) (sys.Stat, error) {
 	return dir.Stat(path.Base(p))
 }
 
+// nameList is the names of a directory, which may have millions, in a few bytes
+// more than they have themselves.
+type nameList struct {
+	text []byte   // each with a NUL behind it
+	at   []uint32 // where in text each begins, in the names' order
+}
+
+// maxNameText is what offsets of nameList reach.
+const maxNameText = math.MaxUint32
+
 // readNames reads the names of a directory, in order.
-func readNames(fd *sys.Fd) ([]string, error) {
-	entries, err := fd.ReadDir()
+func readNames(fd *sys.Fd) (*nameList, error) {
+	l := &nameList{}
+	err := fd.EachDirents(func(some []sys.Dirent) error {
+		for i := range some {
+			if len(l.text) > maxNameText-len(some[i].Name)-1 {
+				return fmt.Errorf("a directory with more than 4 GiB of names: %w", errdefs.ErrNotImplemented)
+			}
+			l.at = append(l.at, uint32(len(l.text)))
+			l.text = append(append(l.text, some[i].Name...), 0)
+		}
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	names := make([]string, len(entries))
-	for i := range entries {
-		names[i] = entries[i].Name
-	}
-	slices.Sort(names)
-	return names, nil
+	slices.SortFunc(l.at, func(a, b uint32) int { return bytes.Compare(l.bytes(a), l.bytes(b)) })
+	return l, nil
 }
+
+func (l *nameList) len() int { return len(l.at) }
+
+func (l *nameList) bytes(at uint32) []byte {
+	t := l.text[at:]
+	return t[:bytes.IndexByte(t, 0)]
+}
+
+// name returns the i-th name.
+func (l *nameList) name(i int) string { return string(l.bytes(l.at[i])) }
 
 // Walk yields every entry of a tree in path order, the root first, with its
 // hard-link groups resolved: the first name that the walk meets has the
@@ -406,7 +434,8 @@ func (w *walker) dir(path string) error {
 	if err != nil {
 		return err
 	}
-	for _, name := range names {
+	for i := range names.len() {
+		name := names.name(i)
 		if err := w.name(join(path, name), name); err != nil && !errors.Is(err, syscall.ENOENT) {
 			return err // a name that went since the directory was read was not there
 		}

@@ -150,20 +150,20 @@ func (r *remover) content(dir *sys.Fd, name string, depth int) error {
 		return err
 	}
 	defer sub.Close()
-	for {
-		ents, err := sub.ReadDir()
-		if err != nil || len(ents) == 0 {
+	for { // what was moved up stands in the top directory: until there is nothing
+		found := false
+		err := sub.EachDirents(func(some []sys.Dirent) error {
+			for _, e := range some {
+				found = true
+				if err := r.remove(sub, e.Name, depth+1); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil || !found {
 			return err
 		}
-		for _, e := range ents {
-			if err := r.remove(sub, e.Name, depth+1); err != nil {
-				return err
-			}
-		}
-		if depth > 0 {
-			return nil
-		}
-		// What was moved up stands in the top directory: look again.
 	}
 }
 

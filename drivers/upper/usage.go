@@ -67,20 +67,18 @@ func (l *Layers) survey(ctx context.Context, id drivers.ID, o surveyOptions) (ce
 }
 
 func (v *surveyor) dir(dir *sys.Fd, path string) error {
-	ents, err := dir.ReadDir()
-	if err != nil {
-		return err
-	}
-	for _, e := range ents {
-		if v.n++; v.n%512 == 0 && v.ctx.Err() != nil {
-			return v.ctx.Err()
+	return dir.EachDirents(func(some []sys.Dirent) error {
+		for _, e := range some {
+			if v.n++; v.n%512 == 0 && v.ctx.Err() != nil {
+				return v.ctx.Err()
+			}
+			err := v.entry(dir, path, e.Name)
+			if err != nil && !errors.Is(err, syscall.ENOENT) { // an active layer changes meanwhile
+				return err
+			}
 		}
-		err := v.entry(dir, path, e.Name)
-		if err != nil && !errors.Is(err, syscall.ENOENT) { // an active layer changes meanwhile
-			return err
-		}
-	}
-	return nil
+		return nil
+	})
 }
 
 func (v *surveyor) entry(dir *sys.Fd, path, name string) error {
