@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -162,10 +163,12 @@ func (k *kit) mount(r drivers.Ref, o drivers.MountOptions) string {
 	return target
 }
 
+// umount waits for a while: a process that another test starts at this moment has
+// this one's descriptors until it execs.
 func (k *kit) umount(target string) {
 	k.Helper()
 	k.mounts = slices.DeleteFunc(k.mounts, func(m string) bool { return m == target })
-	if err := mount.Unmount(target, mount.UnmountOptions{}); err != nil {
+	if err := mount.Unmount(target, mount.UnmountOptions{Wait: 10 * time.Second}); err != nil {
 		k.Errorf("unmount: %v", err)
 		_ = mount.Unmount(target, mount.UnmountOptions{Lazy: true})
 	}
