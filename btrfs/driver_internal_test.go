@@ -179,10 +179,10 @@ func TestSourceOfACommitIsDroppedLater(t *testing.T) {
 	r, tree := h.create(drivers.Ref{}, drivers.CreateOptions{})
 	target := t.TempDir()
 	h.must(sys.Mount(tree, target, "", sys.MS_BIND, ""))
-	unmount := func() error { return sys.Umount(target, 0) }
 	h.commit(r)
 	err := os.WriteFile(target+"/after", nil, 0o644)
-	h.must(errors.Join(err, unmount()))
+	testenv.Unmount(t, target)
+	h.must(err)
 	if _, err := os.Stat(tree); err != nil {
 		t.Errorf("a mounted source was deleted: %v", err)
 	}

@@ -148,6 +148,7 @@ var (
 
 // failer is a test, a property's too.
 type failer interface {
+	Helper()
 	Fatal(args ...any)
 	Fatalf(format string, args ...any)
 	Errorf(format string, args ...any)
@@ -242,11 +243,7 @@ func (s *stack) mounted(upper string, lower []string, f func(dir string)) {
 	if err := sys.Mount("overlay", dir, "overlay", 0, strings.Join(opts, ",")); err != nil {
 		s.t.Fatal(err)
 	}
-	defer func() {
-		if err := sys.Umount(dir, 0); err != nil {
-			s.t.Fatal(err)
-		}
-	}()
+	defer testenv.Unmount(s.t, dir)
 	f(dir)
 }
 

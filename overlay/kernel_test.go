@@ -101,7 +101,7 @@ func (b *bench) mounted(ms []mount.Mount, f func(dir string)) {
 		b.Fatalf("%v: %v", ms, err)
 	}
 	defer func() {
-		b.check(lmount.Unmount(dir, lmount.UnmountOptions{}))
+		testenv.Unmount(b, dir)
 		b.check(os.Remove(dir))
 	}()
 	f(dir)
@@ -307,7 +307,7 @@ func TestModuleDefaultsDoNotMatter(t *testing.T) {
 		if b.exists(b.path(r.ID.String(), workDir, "index")) {
 			t.Errorf("defaults %s: there is an index", value)
 		}
-		b.check(lmount.Unmount(dir, lmount.UnmountOptions{}))
+		testenv.Unmount(b, dir)
 	}
 }
 

@@ -224,7 +224,7 @@ func TestRemovedWhileMounted(t *testing.T) {
 		}
 		_, err = v.Prepare(ctx, "act", "")
 		must(t, err) // the key is free at once
-		must(t, mount.Unmount(dir, mount.UnmountOptions{}))
+		testenv.Unmount(t, dir)
 		r, err = s.GC(ctx)
 		must(t, err)
 		if len(r.Left) != 0 || r.Layers != 2 || r.Bytes == 0 {

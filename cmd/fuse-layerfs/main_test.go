@@ -133,7 +133,7 @@ func TestBackground(t *testing.T) {
 	if cwd, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid)); cwd != "/" {
 		t.Errorf("the server stands in %s, %v", cwd, err)
 	}
-	must(t, sys.Umount(m, 0))
+	testenv.Unmount(t, m)
 	eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
 	if b, err := os.ReadFile(filepath.Join(dir, "u", "f")); string(b) != "upper" || err != nil {
 		t.Errorf("the upper has %q, %v", b, err)
@@ -224,7 +224,7 @@ func TestMount8(t *testing.T) {
 	}
 	dir := layers(t)
 	must(t, sys.Mount("tmpfs", "/usr/local/bin", "tmpfs", 0, "")) // in this namespace alone
-	defer func() { must(t, sys.Umount("/usr/local/bin", 0)) }()
+	defer testenv.Unmount(t, "/usr/local/bin")
 	self, err := os.Executable()
 	must(t, err)
 	script := fmt.Sprintf("#!/bin/sh\nexport %s=1 TEST_DIR=%s\nexec %s \"$@\"\n", envProgram, dir, self)
@@ -265,7 +265,7 @@ func TestMountedByAParent(t *testing.T) {
 		if b, err := os.ReadFile(filepath.Join(m, "f")); string(b) != "lower" || err != nil {
 			t.Errorf("descriptor %d: %q, %v", n, b, err)
 		}
-		must(t, sys.Umount(m, 0))
+		testenv.Unmount(t, m)
 		eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
 	}
 }
@@ -328,7 +328,7 @@ func TestRemount(t *testing.T) {
 	dir := layers(t)
 	start(t, dir, program("-o", "lowerdir=l,upperdir=u,workdir=w", "m"))
 	m := filepath.Join(dir, "m")
-	defer func() { must(t, sys.Umount(m, 0)) }()
+	defer testenv.Unmount(t, m)
 	must(t, os.WriteFile(filepath.Join(m, "new"), nil, 0o644))
 	if out := start(t, dir, program("-o", "rw,lowerdir=l,upperdir=u,workdir=w,remount,ro", "m")); out != "" {
 		t.Errorf("it said %q", out)

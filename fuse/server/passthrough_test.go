@@ -329,7 +329,7 @@ func TestRefusedPassthroughUsesThePageCache(t *testing.T) {
 	}
 	over := filepath.Join(dir, "o")
 	must(t, sys.Mount("overlay", over, "overlay", 0, fmt.Sprintf("lowerdir=%[1]s/ol,upperdir=%[1]s/ou,workdir=%[1]s/ow", dir)))
-	t.Cleanup(func() { must(t, sys.Umount(over, 0)) })
+	t.Cleanup(func() { testenv.Unmount(t, over) })
 	for _, d := range []string{"l", "u", "w", "m"} {
 		must(t, os.Mkdir(filepath.Join(over, d), 0o755))
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/layerctl/layerctl/fuse/server"
 	"github.com/layerctl/layerctl/fuse/union"
 	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
 	"golang.org/x/sys/unix"
 )
 
@@ -278,7 +279,7 @@ func TestIDMappedMount(t *testing.T) {
 	must(t, clone.MoveTo(to))
 	to.Close()
 	clone.Close()
-	defer func() { must(t, sys.Umount(at, 0)) }()
+	defer testenv.Unmount(t, at)
 	var st unix.Stat_t
 	must(t, unix.Stat(at+"/f", &st))
 	if st.Uid != 1000 {
@@ -303,7 +304,7 @@ func TestKilledServer(t *testing.T) {
 		t.Errorf("stat: %v", err)
 	}
 	f.Close()
-	must(t, sys.Umount(m.path(""), 0))
+	testenv.Unmount(t, m.path(""))
 	again := serve(t, m.setup)
 	if b, err := os.ReadFile(again.path("f")); string(b) != "upper" || err != nil {
 		t.Errorf("%q, %v", b, err)

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
 )
 
 // copyUpAll copies everything in lower up, parents first, as requests changed by
@@ -139,7 +140,7 @@ func (s *stage) mountOver(upper, work string, options ...string) (func(), error)
 	unmount := func() {
 		if !done {
 			done = true
-			must(s.t, sys.Umount(s.m, 0))
+			testenv.Unmount(s.t, s.m)
 		}
 	}
 	s.t.Cleanup(unmount)

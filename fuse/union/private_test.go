@@ -38,11 +38,7 @@ func covered(t *testing.T, upper bool) {
 		if err := sys.Mount("over", at, "tmpfs", 0, ""); err != nil {
 			t.Fatal(err)
 		}
-		defer func() {
-			if err := sys.Umount(at, 0); err != nil {
-				t.Error(err)
-			}
-		}()
+		defer testenv.Unmount(t, at)
 		if err := os.WriteFile(at+"/hidden", nil, 0o644); err != nil {
 			t.Fatal(err)
 		}

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
 )
 
 // mergedNames is what the kernel shows of lower and upper in a directory.
@@ -203,7 +204,7 @@ func (s *stage) shownOver(layers ...string) []string {
 		layers[i] = s.path(l)
 	}
 	must(s.t, sys.Mount("overlay", s.m, "overlay", 0, "lowerdir="+strings.Join(layers, ":")))
-	defer func() { must(s.t, sys.Umount(s.m, 0)) }()
+	defer testenv.Unmount(s.t, s.m)
 	return namesIn(s.t, s.m)
 }
 

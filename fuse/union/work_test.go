@@ -86,7 +86,7 @@ func (s *stage) tryKernel(options ...string) (unmount func(), err error) {
 	unmount = func() {
 		if !done {
 			done = true
-			must(s.t, sys.Umount(s.m, 0))
+			testenv.Unmount(s.t, s.m)
 		}
 	}
 	s.t.Cleanup(unmount)

@@ -129,7 +129,7 @@ func mountFS(t testing.TB, kind, source, dir string, o fsOptions) {
 		t.Fatalf("%v (options %q)", err, data)
 	}
 	t.Cleanup(func() {
-		unmountFS(t, dir)
+		Unmount(t, dir)
 		if kind == "btrfs" {
 			CheckBtrfs(t, Image(dir))
 		}
@@ -148,16 +148,23 @@ func CheckBtrfs(t testing.TB, image string) {
 	}
 }
 
-// unmountFS waits for processes and namespaces that are just ending: on a
-// machine with ten times more to do than processors that took over two seconds.
-func unmountFS(t testing.TB, dir string) {
+// Unmount undoes the mount at dir. It waits for processes and namespaces that are
+// just ending, which took over two seconds on a machine with ten times more to do
+// than processors, and for those that are just being started: a child has its
+// parent's descriptors until it execs. What keeps a mount busy for longer fails
+// the test.
+func Unmount(t interface {
+	Helper()
+	Errorf(format string, args ...any)
+}, dir string) {
+	t.Helper()
 	for end := time.Now().Add(5 * settle); ; time.Sleep(10 * time.Millisecond) {
 		err := sys.Umount(dir, 0)
 		if err == nil {
 			return
 		}
 		if !errors.Is(err, syscall.EBUSY) || time.Now().After(end) {
-			t.Errorf("something still uses the test's file system: %v", err)
+			t.Errorf("something still uses %s: %v", dir, err)
 			_ = sys.Umount(dir, sys.MNT_DETACH)
 			return
 		}
