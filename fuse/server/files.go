@@ -26,10 +26,11 @@ const (
 )
 
 // openFlags is how a file is opened for the kernel's open flags. Where to append
-// and what to flush the kernel says with each request; O_DIRECT would need
-// aligned buffers, and who wants it wants the file below (passthrough).
+// and what to flush the kernel says with each request (O_APPEND only tells the
+// union that nothing else is meant); O_DIRECT would need aligned buffers, and who
+// wants it wants the file below (passthrough).
 func (s *Server) openFlags(wire uint32) uint32 {
-	flags := wire & (accessMode | sys.O_TRUNC)
+	flags := wire & (accessMode | sys.O_TRUNC | syscall.O_APPEND)
 	if s.writeback && flags&accessMode == sys.O_WRONLY {
 		flags = flags&^accessMode | sys.O_RDWR // to write a part of a page the kernel reads all of it
 	}

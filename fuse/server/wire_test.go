@@ -52,9 +52,11 @@ func TestInodeFlags(t *testing.T) {
 		if _, _, e := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), fsGetXattr, uintptr(unsafe.Pointer(&x))); e != 0 || x[0]&0x80 == 0 { // FS_XFLAG_NODUMP
 			t.Errorf("%s: fsxattr %x, %v", name, x, e)
 		}
-		if err := unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, int(flags|0x10)); !errors.Is(err, unix.EOPNOTSUPP) {
-			t.Errorf("%s: immutable: %v", name, err)
+		must(t, unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, int(flags|0x10))) // FS_IMMUTABLE_FL
+		if err := unix.Chmod(m.path(name), 0o700); !errors.Is(err, unix.EPERM) {
+			t.Errorf("%s: chmod of what is immutable: %v", name, err)
 		}
+		must(t, unix.IoctlSetPointerInt(fd, unix.FS_IOC_SETFLAGS, int(flags)))
 		if _, err := unix.IoctlGetInt(fd, unix.BLKGETSIZE); !errors.Is(err, unix.ENOTTY) {
 			t.Errorf("another ioctl: %v", err)
 		}

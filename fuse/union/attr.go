@@ -84,6 +84,9 @@ func (fs *FS) Setattr(c Caller, n *Node, f *File, s SetAttr) (Attr, error) {
 	if err := fs.writable(); err != nil {
 		return Attr{}, err
 	}
+	if err := fs.maySetattr(n, f, &s); err != nil {
+		return Attr{}, err
+	}
 	if err := fs.storedOwner(&s); err != nil {
 		return Attr{}, err
 	}

@@ -97,7 +97,11 @@ func (fs *FS) create(c Caller, dir *Node, name string, o *newObject) (e Entry, f
 	if o.link != nil {
 		fs.linked(o.link, dir, name)
 	}
-	return fs.made(dir, up.fd, name, m.fd)
+	e, fd, err = fs.made(dir, up.fd, name, m.fd)
+	if err == nil && o.link == nil {
+		e.Node.set(guardsKnown) // nothing is made with any
+	}
+	return e, fd, err
 }
 
 // mayMake checks what must be so for a new name in dir ("": for a file without
@@ -111,7 +115,10 @@ func (fs *FS) mayMake(dir *Node, name string) error {
 	case fs.aufsName(name):
 		return syscall.EINVAL
 	}
-	if err := fs.writable(); err != nil || dir.has(inUpper) {
+	if err := fs.writable(); err != nil {
+		return err
+	}
+	if err := fs.unguarded(dir, isImmutable); err != nil || dir.has(inUpper) {
 		return err
 	}
 	// Nothing is copied up for what cannot be.

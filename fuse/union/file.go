@@ -52,6 +52,9 @@ func (fs *FS) Open(n *Node, flags uint32) (*File, error) {
 	default:
 		return nil, syscall.ENXIO
 	}
+	if err := fs.mayOpen(n, flags); err != nil {
+		return nil, err
+	}
 	trunc := flags&syscall.O_TRUNC != 0
 	if trunc || flags&syscall.O_ACCMODE != syscall.O_RDONLY {
 		if err := fs.writable(); err != nil {
@@ -261,6 +264,14 @@ func (f *File) Flush() error { return nil }
 func (f *File) Fallocate(mode uint32, off, size int64) error {
 	o, err := f.writeFd()
 	if err != nil {
+		return err
+	}
+	refused := isImmutable
+	const keepSize = 1 // FALLOC_FL_KEEP_SIZE
+	if mode&^keepSize != 0 {
+		refused |= isAppend
+	}
+	if err := f.fs.unguarded(f.node, refused); err != nil {
 		return err
 	}
 	return sys.FallocateBare(o.fd, mode, off, size)

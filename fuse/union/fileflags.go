@@ -7,11 +7,13 @@ import (
 )
 
 // Inode flags that the kernel's overlayfs keeps in an xattr and enforces itself,
-// since they would keep it from renaming or removing the upper file. They cannot
-// be set here.
+// since they would keep it from renaming or removing the upper file. That the
+// caller may change them, the kernel has checked.
 const (
-	guardFlags  = 0x10 | 0x20 // FS_IMMUTABLE_FL, FS_APPEND_FL
-	guardXflags = 0x08 | 0x10 // FS_XFLAG_IMMUTABLE, FS_XFLAG_APPEND
+	guardFlags     = flagImmutable | flagAppend
+	xflagImmutable = 0x08 // FS_XFLAG_IMMUTABLE
+	xflagAppend    = 0x10 // FS_XFLAG_APPEND
+	guardXflags    = xflagImmutable | xflagAppend
 )
 
 // FileFlags reads the inode flags of a file or directory, as FS_IOC_GETFLAGS
@@ -21,15 +23,27 @@ func (fs *FS) FileFlags(n *Node) (flags uint32, err error) {
 		flags, err = sys.FlagsBare(fd)
 		return err
 	})
+	if err != nil {
+		return 0, err
+	}
+	guards, err := fs.guarded(n)
+	if guards&isImmutable != 0 {
+		flags |= flagImmutable
+	}
+	if guards&isAppend != 0 {
+		flags |= flagAppend
+	}
 	return flags, err
 }
 
 // SetFileFlags sets the inode flags, copying the node up.
 func (fs *FS) SetFileFlags(n *Node, flags uint32) error {
-	if flags&guardFlags != 0 {
-		return syscall.EOPNOTSUPP
-	}
-	return fs.changeReal(n, func(fd int) error { return sys.SetFlagsBare(fd, flags) })
+	return fs.changeReal(n, func(fd int) error {
+		if err := fs.setGuards(n, flags&flagAppend != 0, flags&flagImmutable != 0); err != nil {
+			return err
+		}
+		return sys.SetFlagsBare(fd, flags&^guardFlags)
+	})
 }
 
 // FSXattr reads what FS_IOC_FSGETXATTR does.
@@ -38,15 +52,28 @@ func (fs *FS) FSXattr(n *Node) (x sys.FSXattr, err error) {
 		x, err = sys.FSXattrBare(fd)
 		return err
 	})
+	if err != nil {
+		return x, err
+	}
+	guards, err := fs.guarded(n)
+	if guards&isImmutable != 0 {
+		x.Xflags |= xflagImmutable
+	}
+	if guards&isAppend != 0 {
+		x.Xflags |= xflagAppend
+	}
 	return x, err
 }
 
 // SetFSXattr sets that, copying the node up.
 func (fs *FS) SetFSXattr(n *Node, x sys.FSXattr) error {
-	if x.Xflags&guardXflags != 0 {
-		return syscall.EOPNOTSUPP
-	}
-	return fs.changeReal(n, func(fd int) error { return sys.SetFSXattrBare(fd, x) })
+	return fs.changeReal(n, func(fd int) error {
+		if err := fs.setGuards(n, x.Xflags&xflagAppend != 0, x.Xflags&xflagImmutable != 0); err != nil {
+			return err
+		}
+		x.Xflags &^= guardXflags
+		return sys.SetFSXattrBare(fd, x)
+	})
 }
 
 // changeReal calls f with a descriptor of the upper's object.

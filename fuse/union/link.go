@@ -11,6 +11,9 @@ func (fs *FS) Link(n, dir *Node, name string) (Entry, error) {
 	if n.isDir() {
 		return Entry{}, syscall.EPERM
 	}
+	if err := fs.unguarded(n, isImmutable|isAppend); err != nil {
+		return Entry{}, err
+	}
 	if err := fs.mayMake(dir, name); err != nil {
 		return Entry{}, err
 	}

@@ -42,15 +42,18 @@ type Node struct {
 
 // Bits of Node.flags.
 const (
-	inUpper    uint32 = 1 << iota // has a part in the upper, and so for ever
-	isMetacopy                    // the upper has no data: they are in a lower
-	isDead                        // the last name is gone
-	isImpure                      // upper directory with copied-up objects in it
-	noName                        // in the upper, and no name of it is known, only a descriptor
-	lowLinked                     // the lower file has several links
-	isOpaque                      // upper directory that hides what is below
-	isSpare                       // lost its name while nobody had it open, and is counted in FS.spares
-	isIndexed                     // in the upper, and reached by its entry in index
+	inUpper     uint32 = 1 << iota // has a part in the upper, and so for ever
+	isMetacopy                     // the upper has no data: they are in a lower
+	isDead                         // the last name is gone
+	isImpure                       // upper directory with copied-up objects in it
+	noName                         // in the upper, and no name of it is known, only a descriptor
+	lowLinked                      // the lower file has several links
+	isOpaque                       // upper directory that hides what is below
+	isSpare                        // lost its name while nobody had it open, and is counted in FS.spares
+	isIndexed                      // in the upper, and reached by its entry in index
+	guardsKnown                    // the two that follow are
+	isImmutable
+	isAppend
 )
 
 // Values of Node.key.

@@ -24,6 +24,9 @@ func (fs *FS) removeName(dir *Node, name string, wantDir bool) error {
 	if err := fs.mayChange(dir, name); err != nil {
 		return err
 	}
+	if err := fs.unguarded(dir, isAppend); err != nil {
+		return err
+	}
 	if !dir.has(inUpper) {
 		// Nothing is copied up for what is not there or cannot go.
 		var v victim
@@ -71,7 +74,34 @@ func (fs *FS) findRemovable(dir *Node, name string, v *victim, wantDir, locked b
 		return syscall.ENOTDIR
 	}
 	if wantDir || fs.goesByIndex(&v.f) {
-		return fs.needNode(dir, name, v, locked)
+		if err := fs.needNode(dir, name, v, locked); err != nil {
+			return err
+		}
+	}
+	return fs.mayGo(dir, name, v)
+}
+
+// mayGo is EPERM where what was found is immutable or append-only. No node is locked
+// for that: who changes these flags at the same time may come before or after.
+func (fs *FS) mayGo(dir *Node, name string, v *victim) error {
+	guards := ownGuards(&v.f.st)
+	n := v.node
+	switch {
+	case guards != 0 || !v.f.upper:
+	case n != nil && n.has(guardsKnown):
+		guards = n.guards()
+	case v.f.unlinked: // not at this name yet
+		guards = fs.keptGuards(fs.upper.index.Int(), v.f.indexed, v.f.st.Type())
+	default:
+		up, err := fs.upperDir(dir)
+		if err != nil {
+			return err
+		}
+		guards = fs.keptGuards(up.fd, name, v.f.st.Type())
+		fs.dirs.done(up)
+	}
+	if guards != 0 {
+		return syscall.EPERM
 	}
 	return nil
 }
@@ -100,7 +130,10 @@ func (fs *FS) mayChange(dir *Node, name string) error {
 	case len(name) > nameMax:
 		return syscall.ENAMETOOLONG
 	}
-	return fs.writable()
+	if err := fs.writable(); err != nil {
+		return err
+	}
+	return fs.unguarded(dir, isImmutable)
 }
 
 // findVictim finds what is at a name, and its node if it is in memory. dir is

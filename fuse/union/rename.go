@@ -43,6 +43,9 @@ func (fs *FS) Rename(c Caller, olddir *Node, oldname string, newdir *Node, newna
 	if fs.aufsName(newname) {
 		return syscall.EINVAL
 	}
+	if err := fs.unguarded(olddir, isAppend); err != nil {
+		return err
+	}
 	m := &move{fs: fs, olddir: olddir, oldname: oldname, newdir: newdir, newname: newname,
 		exchange: flags&sys.RENAME_EXCHANGE != 0, noreplace: flags&sys.RENAME_NOREPLACE != 0}
 	if !olddir.has(inUpper) || !newdir.has(inUpper) {
@@ -129,6 +132,9 @@ func (m *move) look() error {
 		if err := m.notInItself(); err != nil {
 			return err
 		}
+		if err := m.fs.mayGo(m.olddir, m.oldname, &m.src); err != nil {
+			return err
+		}
 		return m.mayMove()
 	}
 	if err != nil {
@@ -151,10 +157,25 @@ func (m *move) look() error {
 	if err := m.needNode(m.newdir, m.newname, &m.dst); err != nil {
 		return err
 	}
+	if err := m.bothMayGo(); err != nil {
+		return err
+	}
 	if err := m.mayMove(); err != nil || m.exchange || !dstDir {
 		return err
 	}
 	return m.fs.mustBeEmpty(m.dst.node)
+}
+
+// bothMayGo is EPERM where an inode flag forbids that the names change. Neither may
+// be a directory of this rename, whose lock is held: see notInItself.
+func (m *move) bothMayGo() error {
+	if m.newdir.has(isAppend) { // known since mayChange
+		return syscall.EPERM
+	}
+	if err := m.fs.mayGo(m.olddir, m.oldname, &m.src); err != nil {
+		return err
+	}
+	return m.fs.mayGo(m.newdir, m.newname, &m.dst)
 }
 
 // needNode makes the node of what was found, if there is none and it is one that

@@ -99,6 +99,9 @@ func (fs *FS) Setxattr(c Caller, n *Node, attr string, value []byte, flags uint3
 	if err := fs.writable(); err != nil {
 		return err
 	}
+	if err := fs.unguarded(n, isImmutable|isAppend); err != nil {
+		return err
+	}
 	if fs.noACL(n, attr) {
 		return syscall.EOPNOTSUPP
 	}
@@ -148,6 +151,9 @@ func (fs *FS) attrSet(n *Node, attr string) {
 // Removexattr removes an xattr, copying the node up.
 func (fs *FS) Removexattr(c Caller, n *Node, attr string) error {
 	if err := fs.writable(); err != nil {
+		return err
+	}
+	if err := fs.unguarded(n, isImmutable|isAppend); err != nil {
 		return err
 	}
 	if fs.noACL(n, attr) {

@@ -17,6 +17,7 @@ func groups() []group {
 		{name: "locks", cases: lockCases},
 		{name: "permissions", cases: permissionCases},
 		{name: "faults", cases: faultCases},
+		{name: "guards", cases: guardCases, union: true},
 		{name: "nested", cases: nestedCases, union: true, user: true},
 	}
 }

@@ -474,43 +474,6 @@ var ioCases = map[string]func(*Kit){
 			}
 		}
 	},
-	"immutable and append-only files": func(k *Kit) {
-		k.needRoot("CAP_LINUX_IMMUTABLE")
-		if k.fs.kind != "ext4" {
-			k.skip("tried on ext4 alone")
-		}
-		k.union(file("f", "x"), file("g", "y"))
-		f := k.open("f", unix.O_RDONLY)
-		const immutable, appendOnly = 0x10, 0x20
-		flags, err := unix.IoctlGetInt(fd(f), unix.FS_IOC_GETFLAGS)
-		k.ok(err)
-		if k.differs(NoGuards) {
-			for _, guard := range []int{immutable, appendOnly} {
-				k.is(unix.EOPNOTSUPP, unix.IoctlSetPointerInt(fd(f), unix.FS_IOC_SETFLAGS, flags|guard))
-			}
-			k.unlike = k.actor.differs(NoGuards)
-			return
-		}
-		k.ok(unix.IoctlSetPointerInt(fd(f), unix.FS_IOC_SETFLAGS, flags|immutable))
-		defer func() { _ = unix.IoctlSetPointerInt(fd(k.reopen("f")), unix.FS_IOC_SETFLAGS, flags) }()
-		_, err = k.tryOpen("f", unix.O_WRONLY)
-		k.is(unix.EPERM, err)
-		k.is(unix.EPERM, unix.Unlink(k.p("f")))
-		k.is(unix.EPERM, unix.Rename(k.p("f"), k.p("h")))
-		k.is(unix.EPERM, unix.Chmod(k.p("f"), 0o600))
-		k.is(unix.EPERM, unix.Link(k.p("f"), k.p("h")))
-		got, err := unix.IoctlGetInt(fd(k.reopen("f")), unix.FS_IOC_GETFLAGS)
-		k.ok(err)
-		equal(k, "flags", got&immutable, immutable)
-		k.ok(unix.IoctlSetPointerInt(fd(k.reopen("f")), unix.FS_IOC_SETFLAGS, flags))
-		k.write("f", "again")
-		g := k.open("g", unix.O_RDONLY)
-		k.ok(unix.IoctlSetPointerInt(fd(g), unix.FS_IOC_SETFLAGS, flags|appendOnly))
-		_, err = k.tryOpen("g", unix.O_WRONLY)
-		k.is(unix.EPERM, err)
-		k.appendTo("g", "!")
-		k.ok(unix.IoctlSetPointerInt(fd(k.reopen("g")), unix.FS_IOC_SETFLAGS, flags))
-	},
 	"FS_IOC_FSGETXATTR": func(k *Kit) {
 		k.union(file("f", "x"))
 		k.write("new", "n")
@@ -534,9 +497,6 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// reopen opens a file for reading, for its ioctls.
-func (k *Kit) reopen(p string) *os.File { k.Helper(); return k.open(p, unix.O_RDONLY) }
-
 func fsxattr(path string) (sys.FSXattr, error) {
 	f, err := sys.Open(path, unix.O_RDONLY, 0)
 	if err != nil {
@@ -544,6 +504,15 @@ func fsxattr(path string) (sys.FSXattr, error) {
 	}
 	defer f.Close()
 	return f.GetFSXattr()
+}
+
+func setFSXattr(path string, x sys.FSXattr) error {
+	f, err := sys.Open(path, unix.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.SetFSXattr(x)
 }
 
 func appendLines(path string, n, lines int) error {

@@ -23,7 +23,6 @@ func Program(path string, options ...string) *Subject {
 	return &Subject{Name: "program", Mount: p.mount, Differences: map[Difference]string{
 		NoClone:        "FUSE has no such operation",
 		NoShift:        "the kernel's FUSE refuses them itself (fs/fuse/file.c: fuse_file_fallocate)",
-		NoGuards:       "the VFS enforces them by flags of the inode, which FUSE cannot set",
 		KeepsTimes:     "opening a file is no change of it; the kernel's mtime is that of its copying",
 		LinksLater:     "FUSE says which inode is opened, not by which name",
 		NoRepair:       "a lookup writes nothing; inode numbers are the same without",

@@ -75,9 +75,6 @@ const (
 	// NoShift: FALLOC_FL_COLLAPSE_RANGE and FALLOC_FL_INSERT_RANGE answer
 	// EOPNOTSUPP.
 	NoShift Difference = "fallocate that shifts"
-	// NoGuards: the inode flags immutable and append-only cannot be set:
-	// EOPNOTSUPP.
-	NoGuards Difference = "immutable"
 	// InUseRefused: an upper or workdir in use by another mount is refused with
 	// index=off, too, where the kernel only warns.
 	InUseRefused Difference = "in use"
