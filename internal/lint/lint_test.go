@@ -37,6 +37,7 @@ var level = map[string]int{
 	"mount":                   2,
 	"layer":                   2,
 	"devmapper/dm":            1,
+	"devmapper/thin":          2,
 	"drivers":                 3,
 	"drivers/drivertest":      4,
 	"drivers/native":          4,

@@ -79,3 +79,21 @@ func attachFreeLoop(control, back *Fd, access int, o LoopOptions) (*Fd, error) {
 func (f *Fd) ClearLoop() error {
 	return f.err("ioctl LOOP_CLR_FD", "", unix.IoctlSetInt(f.n, unix.LOOP_CLR_FD, 0))
 }
+
+// GrowLoop makes an open loop device as large as its backing file is now
+// (LOOP_SET_CAPACITY).
+func (f *Fd) GrowLoop() error {
+	return f.err("ioctl LOOP_SET_CAPACITY", "", unix.IoctlSetInt(f.n, unix.LOOP_SET_CAPACITY, 0))
+}
+
+// LoopBacking returns device and inode number of an open loop device's backing
+// file, as Stat has them; ENXIO if it has none.
+func (f *Fd) LoopBacking() (dev, ino uint64, err error) {
+	info, err := unix.IoctlLoopGetStatus64(f.n)
+	if err != nil {
+		return 0, 0, f.err("ioctl LOOP_GET_STATUS64", "", err)
+	}
+	// the kernel's huge_encode_dev (include/linux/kdev_t.h)
+	major, minor := info.Device>>8&0xfff, info.Device&0xff|info.Device>>12&^0xff
+	return major<<32 | minor, info.Inode, nil
+}

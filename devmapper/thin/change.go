@@ -1,0 +1,241 @@
+package thin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/devmapper/dm"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// Change is what may be done to a pool while nobody else does: see Exclusive. It
+// is valid until that returns.
+type Change struct{ pool *Pool }
+
+// MaxID is the largest id of a thin device.
+const MaxID = 1<<24 - 1
+
+// message sends the pool one; the pool's metadata is committed when it returns.
+func (c *Change) message(format string, args ...any) error {
+	p := c.pool
+	_, err := p.ctl.Message(p.name, 0, fmt.Sprintf(format, args...))
+	if err == nil { // the kernel does not tell that a commit went wrong
+		return p.healthy()
+	}
+	var sentinel error
+	switch {
+	case errors.Is(err, syscall.EEXIST):
+		sentinel = errdefs.ErrAlreadyExists
+	case errors.Is(err, syscall.ENODATA):
+		sentinel = errdefs.ErrNotFound
+	case errors.Is(err, syscall.EBUSY):
+		return err // has one
+	default:
+		if why := p.Explain(); why != nil {
+			return fmt.Errorf("%w: %w", why, noSentinel{err})
+		}
+		return err
+	}
+	return fmt.Errorf("%w: %w", sentinel, err)
+}
+
+// CreateThin makes a thin device without blocks; ErrAlreadyExists if the id is in
+// use.
+func (c *Change) CreateThin(id uint32) error { return c.message("create_thin %d", id) }
+
+// CreateSnap makes id a snapshot of origin, which, if it is active and may be
+// written to, must be suspended. ErrAlreadyExists; ErrNotFound without the origin.
+func (c *Change) CreateSnap(id, origin uint32) error {
+	return c.message("create_snap %d %d", id, origin)
+}
+
+// Delete deletes a thin device; it is no error if there is none.
+func (c *Change) Delete(id uint32) error {
+	if err := c.message("delete %d", id); !errdefs.IsNotFound(err) {
+		return err
+	}
+	return nil
+}
+
+// SetTransaction changes the pool's transaction id, if it is from.
+func (c *Change) SetTransaction(from, to uint64) error {
+	err := c.message("set_transaction_id %d %d", from, to)
+	if errors.Is(err, syscall.EINVAL) {
+		return fmt.Errorf("somebody else changes pool %s: %w: %w", c.pool.name, errdefs.ErrAborted, err)
+	}
+	return err
+}
+
+// Volume is a thin device as it is shown.
+type Volume struct {
+	Name     string // with the pool's Prefix
+	ID       uint32
+	Sectors  uint64
+	ReadOnly bool
+}
+
+// Node is the path of a device's node.
+func Node(name string) string { return "/dev/mapper/" + name }
+
+// Activate makes v's device if it is not there. Idempotent.
+func (c *Change) Activate(ctx context.Context, v Volume) error {
+	p := c.pool
+	i, err := p.ctl.Info(v.Name)
+	if isGone(err) {
+		i, err = p.ctl.Create(v.Name, uuid(v.Name))
+	}
+	if err != nil {
+		return err
+	}
+	if !i.ActiveTable {
+		err = p.loadThin(v)
+	}
+	if err == nil && (!i.ActiveTable || i.Suspended) {
+		err = p.resume(ctx, v.Name)
+	}
+	if err != nil {
+		_ = p.ctl.Remove(v.Name, false)
+		if why := p.Explain(); why != nil {
+			return fmt.Errorf("%w: %w", why, noSentinel{err})
+		}
+		if errors.Is(err, syscall.ENODATA) {
+			err = fmt.Errorf("the pool has no thin device %d: %w: %w", v.ID, errdefs.ErrDataLoss, err)
+		}
+		return err
+	}
+	return p.node(v.Name)
+}
+
+func (p *Pool) loadThin(v Volume) error {
+	pool, err := p.ctl.Info(p.name)
+	if err != nil {
+		return err
+	}
+	t := dm.Target{Length: v.Sectors, Type: "thin", Params: fmt.Sprintf("%s %d", pool.Dev, v.ID)}
+	return p.ctl.Load(v.Name, []dm.Target{t}, v.ReadOnly)
+}
+
+// node makes the device's node where udev does not.
+func (p *Pool) node(name string) error {
+	if dm.UdevRuns() {
+		return nil
+	}
+	i, err := p.ctl.Info(name)
+	if err != nil {
+		return err
+	}
+	_, err = dm.MakeNode(i)
+	return err
+}
+
+// udevPatience bounds the wait for a udev that does not answer.
+const udevPatience = 30 * time.Second
+
+// announced performs a change of which udev hears, and waits until it has seen it.
+func (p *Pool) announced(ctx context.Context, f func(*dm.Control) error) error {
+	if !dm.UdevRuns() {
+		return f(p.ctl)
+	}
+	k, err := dm.NewCookie()
+	if err != nil {
+		return err
+	}
+	err = f(p.ctl.With(k))
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), udevPatience)
+	defer cancel()
+	if waitErr := k.Wait(ctx); err == nil {
+		err = waitErr
+	}
+	return err
+}
+
+func (p *Pool) resume(ctx context.Context, name string) error {
+	return p.announced(ctx, func(c *dm.Control) error { return c.Resume(name) })
+}
+
+// Suspend stops writes to the device: what was written is in the pool, and the
+// file system on it is frozen, as if it were unmounted.
+func (c *Change) Suspend(name string) error { return c.pool.ctl.Suspend(name, dm.SuspendOptions{}) }
+
+// Resume lets a suspended device go on.
+func (c *Change) Resume(ctx context.Context, name string) error { return c.pool.resume(ctx, name) }
+
+// Deactivate removes a device; ErrFailedPrecondition while somebody has it open.
+// It is no error if there is none.
+func (c *Change) Deactivate(name string) error {
+	p := c.pool
+	err := p.announced(context.Background(), func(ctl *dm.Control) error { return ctl.Remove(name, false) })
+	if err != nil && !isGone(err) {
+		return err
+	}
+	if dm.UdevRuns() {
+		return nil
+	}
+	return dm.RemoveNode(name)
+}
+
+// RemoveLater removes a device when its last user closes it.
+func (c *Change) RemoveLater(name string) error {
+	err := c.pool.announced(context.Background(), func(ctl *dm.Control) error { return ctl.Remove(name, true) })
+	if err != nil && !isGone(err) {
+		return err
+	}
+	if dm.UdevRuns() {
+		return nil
+	}
+	return dm.RemoveNode(name)
+}
+
+// Info is a device's state; ErrNotFound if there is none.
+func (p *Pool) Info(name string) (dm.Info, error) { return p.ctl.Info(name) }
+
+// Usage is what an active thin device maps.
+func (p *Pool) Usage(name string) (Usage, error) {
+	t, err := p.ctl.Status(name, false)
+	if err != nil {
+		return Usage{}, err
+	}
+	if len(t) != 1 || t[0].Type != "thin" {
+		return Usage{}, fmt.Errorf("%s is no thin device: %w", name, errdefs.ErrFailedPrecondition)
+	}
+	return ParseUsage(t[0].Params)
+}
+
+// Ready reports whether a device can be used as it is.
+func (p *Pool) Ready(name string) bool {
+	i, err := p.ctl.Info(name)
+	if err != nil || !i.ActiveTable || i.Suspended || i.DeferredRemove {
+		return false
+	}
+	st, err := sys.StatPath(Node(name))
+	return err == nil && st.RdevMajor == i.Dev.Major && st.RdevMinor == i.Dev.Minor
+}
+
+// Activate is Change.Activate, without a lock where there is nothing to do.
+func (p *Pool) Activate(ctx context.Context, v Volume) error {
+	if p.Ready(v.Name) {
+		return nil
+	}
+	return p.Exclusive(ctx, func(c *Change) error { return c.Activate(ctx, v) })
+}
+
+// Release removes a device that its last user is just closing: it tries again for
+// as long as patience says, without a lock in between.
+func (p *Pool) Release(ctx context.Context, name string, patience time.Duration) error {
+	for end := time.Now().Add(patience); ; {
+		err := p.Exclusive(ctx, func(c *Change) error { return c.Deactivate(name) })
+		if !errdefs.IsFailedPrecondition(err) || time.Now().After(end) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+}

@@ -1,0 +1,179 @@
+package thin
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/layerctl/layerctl/devmapper/dm"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+const (
+	growLock     = "grow"
+	mostLowWater = 512 << 20
+	leastStep    = 64 << 20
+	keepFree     = 16 << 20 // of the file system that the files are on
+)
+
+// lowWater is the number of free blocks at which the kernel tells: a quarter, at
+// most 512 MiB.
+func (r *record) lowWater(blocks int64) int64 { return min(blocks/4, mostLowWater/r.Block) }
+
+// watch begins to make the pool larger when it runs low.
+func (p *Pool) watch() error {
+	e, err := dm.Watch()
+	if err != nil {
+		return err
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	p.stop, p.stopped = stop, make(chan struct{})
+	go func() {
+		defer close(p.stopped)
+		defer e.Close()
+		for e.Wait(ctx) == nil { // an event of any device
+			_ = p.grow() // what cannot be done shows in the pool's status
+		}
+	}()
+	return nil
+}
+
+// Grow makes the pool larger if it runs low, or if its devices have become larger;
+// ErrResourceExhausted if it needs space and there is none. It happens by itself
+// while a Pool is open.
+func (p *Pool) Grow() error {
+	if err := p.grow(); err != nil {
+		return fmt.Errorf("thin pool in %s: %w", p.dir, err)
+	}
+	return nil
+}
+
+// grow has a lock of its own: who changes the pool may be waiting for a write, and
+// that for more space.
+func (p *Pool) grow() error {
+	lock, err := sys.WaitLock(p.path(growLock), sys.O_RDWR|sys.O_CREAT, sys.LockExclusive)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	s, err := p.Status()
+	if err != nil || s.Mode != ReadWrite && s.Mode != OutOfData {
+		return err
+	}
+	data, metadata, err := p.devices()
+	if err != nil {
+		return err
+	}
+	defer data.Close()
+	defer metadata.Close()
+	var short error
+	if p.rec.onFiles() {
+		if short, err = p.growFiles(s, data, metadata); err != nil {
+			return err
+		}
+	}
+	full := p.rec.Full
+	if short != nil {
+		full = Error // there is nothing to wait for
+	}
+	if err := p.reload(s, data, metadata, full); err != nil {
+		return err
+	}
+	return short
+}
+
+// growFiles makes the files larger that are low. short says that there is no room.
+func (p *Pool) growFiles(s Status, data, metadata *sys.Fd) (short, err error) {
+	free := int64(s.DataTotal - s.DataUsed)
+	if free <= p.rec.lowWater(int64(s.DataTotal)) {
+		if short, err = p.growFile(dataFile, data); err != nil {
+			return nil, err
+		}
+		if free > 0 {
+			short = nil // not yet
+		}
+	}
+	if s.MetadataTotal-s.MetadataUsed <= s.MetadataTotal/4 && int64(s.MetadataTotal)*4096 < mostMetadata {
+		noRoom, err := p.growFile(metadataFile, metadata)
+		if err != nil || noRoom != nil {
+			return short, err // the kernel stops in time
+		}
+	}
+	return short, nil
+}
+
+// mostMetadata is what the kernel uses at most (THIN_METADATA_MAX_SECTORS).
+const mostMetadata = 255 * (1 << 14) * 4096
+
+// growFile makes a file half as large again, as far as what its file system has
+// free covers that and the holes that it has already.
+func (p *Pool) growFile(name string, loop *sys.Fd) (short, err error) {
+	f, err := p.root.Openat(name, sys.O_RDWR|sys.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat("")
+	if err != nil {
+		return nil, err
+	}
+	free, err := freeBytes(p.root)
+	if err != nil {
+		return nil, err
+	}
+	room := free - keepFree - max(0, st.Size-st.Blocks*sector)
+	step := min(max(st.Size/2, leastStep), room) / p.rec.Block * p.rec.Block
+	if step <= 0 {
+		return fmt.Errorf("%s cannot grow, %d bytes are free on its file system: %w", f.Name(), free, errNoSpace), nil
+	}
+	if err := f.Truncate(st.Size + step); err != nil {
+		return nil, err
+	}
+	if err := f.Sync(); err != nil { // or after a cut the pool is larger than its file
+		return nil, err
+	}
+	return nil, loop.GrowLoop()
+}
+
+// reload gives the pool a table of its devices' present sizes, unless it is that
+// already.
+func (p *Pool) reload(s Status, data, metadata *sys.Fd, full Policy) error {
+	t, err := p.table(data, metadata, full)
+	if err != nil {
+		return err
+	}
+	bytes, err := metadata.BlockBytes()
+	if err != nil {
+		return err
+	}
+	larger := uint64(min(bytes, mostMetadata))/4096 > s.MetadataTotal
+	if t.Length == s.DataTotal*uint64(p.rec.Block/sector) && full == s.Policy && !larger {
+		return nil
+	}
+	if t.Length < s.DataTotal*uint64(p.rec.Block/sector) {
+		return fmt.Errorf("%s has become smaller than the pool: %w", p.DataPath(), errOther)
+	}
+	if err := p.ctl.Load(p.name, []dm.Target{t}, false); err != nil {
+		return err
+	}
+	// What is under way stays in the queue: it may be waiting for this.
+	if err := p.ctl.Suspend(p.name, dm.SuspendOptions{NoFlush: true, SkipLockFS: true}); err != nil {
+		return err
+	}
+	return p.resume(context.Background(), p.name)
+}
+
+// openBlock opens a block device by its number.
+func openBlock(d dm.Dev) (*sys.Fd, error) {
+	b, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%s/uevent", d))
+	if err != nil {
+		return nil, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "DEVNAME="); ok {
+			return sys.Open("/dev/"+name, sys.O_RDWR, 0)
+		}
+	}
+	return nil, fmt.Errorf("block device %s has no name: %w", d, errOther)
+}

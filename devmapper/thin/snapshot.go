@@ -1,0 +1,98 @@
+package thin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+const (
+	snapshotLock = "snapshot" // flock of who reads the metadata
+	snapshotFile = "snapshot.json"
+)
+
+// Snapshot is the pool's metadata as it was at one moment, for reading. A pool has
+// one at most; ours is shared by nobody. It has one owner, who releases it.
+type Snapshot struct {
+	// Root is the block (of 4096 bytes) of the snapshot's superblock, on Path.
+	Root uint64
+	Path string
+
+	pool *Pool
+	lock *sys.Lock
+}
+
+// snapshotNote says that a held root is ours: that one, or, of a process that died
+// while it took it, whichever there is.
+type snapshotNote struct {
+	Root   uint64 `json:"root,omitempty"`
+	Taking bool   `json:"taking,omitempty"`
+}
+
+// Snapshot takes a metadata snapshot. It waits for our own others, and
+// releases one that a process of ours died with; ErrUnavailable if another program
+// has one.
+func (p *Pool) Snapshot(ctx context.Context) (*Snapshot, error) {
+	lock, err := sys.WaitLock(p.path(snapshotLock), sys.O_RDWR|sys.O_CREAT, sys.LockExclusive)
+	if err != nil {
+		return nil, err
+	}
+	s := &Snapshot{Path: p.MetadataPath(), pool: p, lock: lock}
+	if err := p.Exclusive(ctx, func(c *Change) error { return s.take(c) }); err != nil {
+		lock.Close()
+		return nil, fmt.Errorf("metadata snapshot: %w", err)
+	}
+	return s, nil
+}
+
+func (s *Snapshot) take(c *Change) error {
+	st, err := s.pool.Status()
+	if err != nil {
+		return err
+	}
+	var note snapshotNote
+	err = ReadJSON(s.pool.root, snapshotFile, &note)
+	if err != nil && !errors.Is(err, syscall.ENOENT) && !errdefs.IsDataLoss(err) {
+		return err
+	}
+	switch {
+	case st.HeldRoot == 0:
+	case note.Taking || note.Root == st.HeldRoot:
+		if err := c.message("release_metadata_snap"); err != nil {
+			return err
+		}
+	default:
+		return fmt.Errorf("another program has one, at block %d: %w", st.HeldRoot, errdefs.ErrUnavailable)
+	}
+	if err := WriteJSON(s.pool.root, snapshotFile, snapshotNote{Taking: true}); err != nil {
+		return err
+	}
+	if err := c.message("reserve_metadata_snap"); err != nil {
+		return err
+	}
+	if st, err = s.pool.Status(); err != nil {
+		return err
+	}
+	s.Root = st.HeldRoot
+	return WriteJSON(s.pool.root, snapshotFile, snapshotNote{Root: s.Root})
+}
+
+// Release gives the snapshot back.
+func (s *Snapshot) Release() error {
+	defer s.lock.Close()
+	err := s.pool.Exclusive(context.Background(), func(c *Change) error {
+		if err := c.message("release_metadata_snap"); err != nil {
+			return err
+		}
+		return s.pool.root.Unlink(snapshotFile, 0)
+	})
+	if err != nil {
+		return fmt.Errorf("metadata snapshot: %w", err)
+	}
+	return nil
+}
