@@ -38,6 +38,7 @@ var level = map[string]int{
 	"layer":                   2,
 	"devmapper/dm":            1,
 	"devmapper/thin":          2,
+	"devmapper/metadata":      1,
 	"drivers":                 3,
 	"drivers/drivertest":      4,
 	"drivers/native":          4,

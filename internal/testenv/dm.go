@@ -18,3 +18,12 @@ func NoDeviceMapper(t testing.TB, err error) {
 	}
 	Optional(t, "no device-mapper in this kernel: make test-vm")
 }
+
+// AnyKernel skips a long test that is the same on every kernel where tests run once
+// more for what the host's kernel lacks: in `make test-vm`, whose guests are slow.
+func AnyKernel(t testing.TB) {
+	t.Helper()
+	if os.Getenv(envExpectDM) != "" {
+		Optional(t, "the same on every kernel: make test has run it")
+	}
+}

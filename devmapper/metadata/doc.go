@@ -1,0 +1,44 @@
+// Package metadata reads dm-thin's metadata: which data block each virtual block
+// of each thin device is mapped to. It is pure decoding over an io.ReaderAt; it
+// needs no device, no right and no kernel.
+//
+// # The format
+//
+// Blocks of 4096 bytes, little-endian, each with a CRC-32C over all but its first
+// four bytes, xored with a number of its kind. Block 0 is the superblock. It names
+// two B+trees: one of details (device ID to mapped blocks, transaction, times) and
+// one in two levels of mappings (device ID to the root of the device's tree; virtual
+// block to data block and time), and two space maps, of which only the sizes matter
+// here. Nodes are never changed while more than one tree has them: a snapshot begins
+// as a second name of its origin's root, and a write copies the nodes from the root to
+// its leaf. So two devices' trees have a block in common exactly where nobody wrote
+// since, which makes Delta and Exclusive O(changes): they go through both trees together
+// and pass over what has the same block number in both.
+//
+// # What may be read when
+//
+// The kernel changes the metadata of a running pool at any time, and reuses blocks that
+// the last commit freed. Two states hold still:
+//
+//   - the metadata snapshot (the message reserve_metadata_snap): it is a superblock of its own,
+//     whose block number is Superblock.HeldRoot, and Pool.Snapshot opens it. Its trees stay until
+//     release_metadata_snap.
+//   - the metadata of a pool that is not active, or is suspended: Open alone.
+//
+// Of a running pool Open may be called for Snapshot alone. The superblock is written whole, but
+// a read may meet the write: one that fails with a checksum is worth another try.
+//
+// The kernel writes past the page cache of the metadata device. A reader of a device that is in
+// use must read past it, too: O_DIRECT, or the cache dropped before (BLKFLSBUF). Every read here is
+// of 4096 bytes at a multiple of 4096; a ReaderAt on O_DIRECT must bring a buffer that is aligned.
+//
+// # Errors
+//
+// What is read is trusted with nothing: checksums, block numbers, node sizes, order and range of
+// keys, depths and data blocks are checked as they are met, so a tree cannot loop, and no walk holds more
+// than a path of nodes. Such a finding names the block and wraps ErrDataLoss of containerd/errdefs. What is
+// no thin metadata at all wraps ErrInvalidArgument, features unknown here ErrNotImplemented, a device that
+// does not exist, and a snapshot that nobody took, ErrNotFound.
+//
+// A Pool has no state of its own but its superblock: many goroutines may use one if its reader allows it.
+package metadata

@@ -1,0 +1,221 @@
+package metadata
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/devmapper/dm"
+	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
+)
+
+const (
+	thinBlock  = 64 << 10
+	thinBlocks = 1024
+)
+
+// pool is one of the kernel's.
+type pool struct {
+	*testing.T
+	*dm.Control
+	meta  string // the file that the metadata device is on
+	nodes map[ID]*os.File
+}
+
+func newPool(t *testing.T) *pool {
+	t.Helper()
+	testenv.Root(t)
+	c, err := dm.Open()
+	if errdefs.IsNotImplemented(err) {
+		testenv.NoDeviceMapper(t, err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	testenv.Leaks(t)
+	p := &pool{T: t, Control: c, nodes: map[ID]*os.File{}}
+	t.Cleanup(func() { c.Close() })
+	dir := testenv.Scratch(t)
+	p.meta = filepath.Join(dir, "metadata")
+	meta, data := p.loop(p.meta, 4<<20), p.loop(filepath.Join(dir, "data"), 256<<20)
+	p.device("lt-meta-pool", dm.Target{Length: 256 << 20 / 512, Type: "thin-pool", Params: fmt.Sprintf("%s %s 128 0 1 skip_block_zeroing", meta, data)})
+	return p
+}
+
+func (p *pool) check(err error) {
+	p.Helper()
+	if err != nil {
+		p.Fatal(err)
+	}
+}
+
+func (p *pool) loop(file string, bytes int64) string {
+	p.Helper()
+	p.check(errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, bytes)))
+	l, err := sys.AttachLoop(file, sys.LoopOptions{Autoclear: true})
+	p.check(err)
+	p.Cleanup(func() { l.Close() })
+	s, err := sys.StatPath(l.Name())
+	p.check(err)
+	return fmt.Sprintf("%d:%d", s.RdevMajor, s.RdevMinor)
+}
+
+func (p *pool) device(name string, target dm.Target) (node string) {
+	p.Helper()
+	_, err := p.Create(name, "layerctl-"+name)
+	p.check(err)
+	p.Cleanup(func() { p.check(errors.Join(dm.RemoveNode(name), p.Remove(name, false))) })
+	p.check(p.Load(name, []dm.Target{target}, false))
+	p.check(p.Resume(name))
+	i, err := p.Info(name)
+	p.check(err)
+	node, err = dm.MakeNode(i)
+	p.check(err)
+	return node
+}
+
+func (p *pool) say(format string, args ...any) {
+	p.Helper()
+	_, err := p.Message("lt-meta-pool", 0, fmt.Sprintf(format, args...))
+	p.check(err)
+}
+
+func thinName(id ID) string { return fmt.Sprint("lt-meta-", id) }
+
+// open activates a thin device.
+func (p *pool) open(id ID) {
+	p.Helper()
+	i, err := p.Info("lt-meta-pool")
+	p.check(err)
+	node := p.device(thinName(id), dm.Target{Length: thinBlocks * thinBlock / 512, Type: "thin", Params: fmt.Sprintf("%s %d", i.Dev, id)})
+	f, err := os.OpenFile(node, os.O_RDWR, 0)
+	p.check(err)
+	p.Cleanup(func() { f.Close() })
+	p.nodes[id] = f
+}
+
+func (p *pool) snapshot(id, origin ID) {
+	p.Helper()
+	p.check(p.Suspend(thinName(origin), dm.SuspendOptions{}))
+	p.say("create_snap %d %d", id, origin)
+	p.check(p.Resume(thinName(origin)))
+	p.open(id)
+}
+
+// change writes to blocks and discards some.
+func (p *pool) change(r *rand.Rand, id ID, n int) {
+	p.Helper()
+	for range n {
+		at := int64(r.IntN(thinBlocks-64)) * thinBlock
+		for range 1 + r.IntN(8) {
+			buf := bytes.Repeat([]byte{byte(r.Uint32())}, 4096)
+			_, err := p.nodes[id].WriteAt(buf, at+int64(r.IntN(16))*4096)
+			p.check(err)
+			at += thinBlock
+		}
+	}
+	p.check(p.nodes[id].Sync())
+	for range n / 8 {
+		at, length := int64(r.IntN(thinBlocks-8))*thinBlock, int64(1+r.IntN(8))*thinBlock
+		out, err := exec.Command(testenv.Program(p, "blkdiscard", "util-linux"), "-f", "-o", fmt.Sprint(at), "-l", fmt.Sprint(length), p.nodes[id].Name()).CombinedOutput()
+		if err != nil {
+			p.Fatalf("blkdiscard: %v %s", err, out)
+		}
+	}
+}
+
+// TestTheKernelsOwnTrees: what the kernel makes of writes, discards and snapshots is
+// read from the metadata snapshot of the running pool as thin_delta reads it, and
+// blocks that no Delta names hold the same bytes.
+func TestTheKernelsOwnTrees(t *testing.T) {
+	p := newPool(t)
+	r := rand.New(rand.NewPCG(1, 4))
+	p.say("create_thin 0")
+	p.open(0)
+	p.change(r, 0, 100)
+	for id := ID(1); id < 4; id++ {
+		p.snapshot(id, ID(r.Uint32N(uint32(id))))
+		p.change(r, id, 1+30*int(id%3))
+		p.change(r, ID(r.Uint32N(uint32(id))), 3)
+	}
+	p.say("set_transaction_id 0 11")
+	p.say("reserve_metadata_snap")
+	contents := map[ID][]byte{}
+	for id := range p.nodes {
+		contents[id] = p.content(id)
+	}
+	p.change(r, 3, 40)
+	p.say("set_transaction_id 11 12")
+	p.compare(r, contents)
+	p.say("release_metadata_snap")
+}
+
+func (p *pool) content(id ID) []byte {
+	p.Helper()
+	b := make([]byte, thinBlocks*thinBlock)
+	_, err := p.nodes[id].ReadAt(b, 0)
+	p.check(err)
+	return b
+}
+
+// compare holds the metadata snapshot against thin_dump, thin_delta and the content.
+func (p *pool) compare(r *rand.Rand, contents map[ID][]byte) {
+	p.Helper()
+	status, err := p.Status("lt-meta-pool", false) // commits
+	p.check(err)
+	b, err := os.ReadFile(p.meta)
+	p.check(err)
+	whole, err := Open(bytes.NewReader(b))
+	p.check(err)
+	snap, err := whole.Snapshot()
+	p.check(err)
+	if f := strings.Fields(status[0].Params); len(f) < 4 || f[0] != "12" || f[3] != fmt.Sprint(snap.Superblock().Block) {
+		p.Errorf("status %v; the snapshot is in block %d", f, snap.Superblock().Block)
+	}
+	same(p, "transactions", []uint64{snap.Superblock().Transaction, whole.Superblock().Transaction}, []uint64{11, 12})
+	m := model{}
+	for d, err := range snap.Devices() {
+		p.check(err)
+		m[d.ID] = map[uint64][2]uint64{}
+		for run, err := range snap.Mappings(d.ID) {
+			p.check(err)
+			for i := range run.Length {
+				m[d.ID][run.Virtual+i] = [2]uint64{run.Data + i, uint64(run.Time)}
+			}
+		}
+		same(p, "mapped blocks", len(m[d.ID]), int(d.Mapped))
+	}
+	same(p, "devices", len(m), len(contents))
+	agree(p.T, r, b, snap, m, "-m")
+	for left := range contents {
+		for right := range contents {
+			p.sameElsewhere(snap, left, right, contents)
+		}
+	}
+}
+
+// sameElsewhere: only what Delta names may differ.
+func (p *pool) sameElsewhere(s *Pool, left, right ID, contents map[ID][]byte) {
+	p.Helper()
+	named := map[uint64]bool{}
+	for d, err := range s.Delta(left, right) {
+		p.check(err)
+		for i := range d.Length {
+			named[d.Begin+i] = true
+		}
+	}
+	for i := range uint64(thinBlocks) {
+		if !named[i] && !bytes.Equal(contents[left][i*thinBlock:][:thinBlock], contents[right][i*thinBlock:][:thinBlock]) {
+			p.Fatalf("block %d of %d and %d differs, and no range has it", i, left, right)
+		}
+	}
+}
