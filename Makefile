@@ -11,7 +11,7 @@ ifeq ($(shell id -u),0)
 export LAYERCTL_EXPECT := root
 endif
 
-.PHONY: differential test-vm all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman suite-podman-times images install man clean
+.PHONY: test-btrfs-profiles differential test-vm all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman suite-podman-times images install man clean
 
 all: build
 
@@ -60,6 +60,9 @@ fuzz-long: ## every fuzz target for ten minutes
 
 test-vm: deps ## tests on kernels that have device-mapper, project quota, an older overlayfs: in virtual machines
 	scripts/test-vm.sh
+
+test-btrfs-profiles: deps ## slow, needs root: the btrfs driver on 4 KiB nodes, DUP, zstd, qgroups, simple quotas, nearly full
+	scripts/btrfs-profiles.sh
 
 stress: ## slow: the store under eight processes and a killer, a minute a driver; random operations, thirty seeds
 	LAYERCTL_STRESS=2m $(GO) test -count=1 -timeout 30m -run TestStress -v ./snapshot

@@ -3,25 +3,26 @@ package btrfs
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
-	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/mount"
 )
 
 // Commit makes ro, a read-only snapshot of fs: that is the commit point, and on
 // the disk when the call returns, with all data. A writer that is still alive has
-// fs, and nothing of what it writes from then on is in the layer.
-func (d *driver) Commit(ctx context.Context, r drivers.Ref, o drivers.CommitOptions) (drivers.Usage, error) {
-	u, err := d.commit(ctx, r, o)
+// fs, and nothing of what it writes from then on is in the layer. A volatile one is
+// the same: how much the layer holds is not known before its data is flushed.
+func (d *driver) Commit(ctx context.Context, r drivers.Ref, _ drivers.CommitOptions) (drivers.Usage, error) {
+	u, err := d.commit(ctx, r)
 	return u, d.wrap("commit", r.ID, err)
 }
 
-func (d *driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOptions) (drivers.Usage, error) {
+func (d *driver) commit(ctx context.Context, r drivers.Ref) (drivers.Usage, error) {
 	var none drivers.Usage
 	l, err := d.layer(r.ID)
 	if err != nil {
@@ -42,17 +43,11 @@ func (d *driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOpti
 	if err := drivers.Step(ctx, "btrfs: commit: checked"); err != nil {
 		return none, err
 	}
-	mounted, err := d.mountedAt(r.ID, func(mount.Info) bool { return true })
-	if err != nil {
+	if err := ioctl.Snapshot(tree, l.Fd, string(committed), true); err != nil {
 		return none, err
 	}
-	if o.Volatile && mounted == "" {
-		err = l.freezeUnflushed(tree)
-	} else {
-		err = ioctl.Snapshot(tree, l.Fd, string(committed), true)
-	}
-	if err != nil {
-		return none, err
+	if err := refuseNested(tree); err != nil { // made meanwhile, maybe before the snapshot
+		return none, errors.Join(err, d.destroyer(context.WithoutCancel(ctx)).subvolume(l.Fd, string(committed)))
 	}
 	l.kind = committed
 	if err := drivers.Step(ctx, "btrfs: commit: snapshot made"); err != nil {
@@ -81,19 +76,12 @@ func (l *layerDir) checkCommit(r drivers.Ref) error {
 	return nil
 }
 
-// freezeUnflushed makes fs itself the committed subvolume. The flag comes after
-// the name: what is read-only cannot be renamed by everybody.
-func (l *layerDir) freezeUnflushed(tree *sys.Fd) error {
-	if err := l.Rename(string(writable), l.Fd, string(committed), sys.RENAME_NOREPLACE); err != nil {
-		return err
-	}
-	return ioctl.SetReadOnly(tree, true)
-}
-
 // dropSource deletes the fs of a committed layer, unless somebody has it mounted:
 // a writer in there would meet errors. What cannot be deleted now is deleted by
-// the next Create on the layer, or goes with it.
+// the next Create on the layer, or goes with it. So do snapshots that killed diffs
+// of it left.
 func (d *driver) dropSource(l *layerDir) {
+	l.sweepSnapshots(context.Background())
 	if there, err := exists(l.Fd, string(writable)); err != nil || !there {
 		return
 	}
@@ -102,7 +90,7 @@ func (d *driver) dropSource(l *layerDir) {
 		return ok && id == l.id && k == writable
 	})
 	if err == nil && mounted == "" {
-		_ = destroySubvolume(context.Background(), l.Fd, string(writable))
+		_ = d.destroyer(context.Background()).subvolume(l.Fd, string(writable))
 	}
 }
 

@@ -56,7 +56,7 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 	}
 	defer func() {
 		if err != nil { // what this cannot delete Remove can
-			_ = destroyLayer(context.WithoutCancel(ctx), making, name)
+			_ = d.destroyer(context.WithoutCancel(ctx)).layer(making, name)
 		}
 	}()
 	if err := d.build(ctx, making, parent, r, o); err != nil {

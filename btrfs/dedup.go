@@ -66,9 +66,17 @@ func (r *dedup) run(layers []drivers.Ref) error {
 	return nil
 }
 
-// passOver takes what is gone for no error.
+// passed are the errors of one file that are none of the run's: it is gone, or the
+// kernel does not share its blocks, for its chattr flags (+i, +C), because it is a
+// swap file, or while its layer is being sent.
+var passed = []error{
+	syscall.ENOENT, errdefs.ErrDataLoss,
+	syscall.EPERM, syscall.EINVAL, syscall.ETXTBSY, syscall.EAGAIN, syscall.EOPNOTSUPP,
+}
+
+// passOver takes what is wrong with one file for no error.
 func (r *dedup) passOver(err error) error {
-	if errors.Is(err, syscall.ENOENT) || errors.Is(err, errdefs.ErrDataLoss) {
+	if slices.ContainsFunc(passed, func(e error) bool { return errors.Is(err, e) }) {
 		err = nil
 	}
 	if err == nil {

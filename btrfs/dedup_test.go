@@ -117,3 +117,26 @@ func TestDedupPassesOver(t *testing.T) {
 		t.Errorf("cancelled: %v", err)
 	}
 }
+
+// One file that the kernel does not share, or a diff at work, ended the run.
+func TestDedupPassesOverWhatTheKernelRefuses(t *testing.T) {
+	h := fixture(t)
+	var refs []drivers.Ref
+	for range 2 {
+		refs = append(refs, h.script(drivers.Ref{}, `
+			head -c 300000 /dev/zero | tr '\0' i >immutable
+			touch nocow; test -e ../../../second && chattr +C nocow || touch ../../../second; head -c 300001 /dev/zero | tr '\0' n >>nocow
+			head -c 300002 /dev/zero | tr '\0' p >plain
+			chattr +i immutable`))
+	}
+	release := sending(h, h.d.treePath(refs[1].ID, committed))
+	got, err := h.d.Dedup(h.ctx, refs, drivers.DedupOptions{})
+	if err != nil || got.Files != 6 || got.Equal != 0 {
+		t.Errorf("while a layer is sent: %+v, %v", got, err)
+	}
+	release()
+	got, err = h.d.Dedup(h.ctx, refs, drivers.DedupOptions{})
+	if err != nil || got.Files != 6 || got.Equal != 1 || got.Bytes != 300002 {
+		t.Errorf("%+v, %v; want the plain one", got, err)
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"iter"
 	"math/rand/v2"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
@@ -17,8 +18,9 @@ import (
 
 // Diff lets the kernel say by SEND which paths of the two trees may differ, and
 // compares exactly those: O(changes). What SEND says of a path is not looked at,
-// only that it names it. Without the right to send, from nothing, and between
-// layers that have no parent in common, it walks both trees.
+// only that it names it. Without the right to send, from nothing, between layers
+// that have no parent in common, and between two that changed a file at the same
+// moment, it walks both trees.
 func (d *driver) Diff(ctx context.Context, from, to drivers.Ref) iter.Seq2[layer.Change, error] {
 	return func(yield func(layer.Change, error) bool) {
 		err := d.diff(ctx, from, to, yield)
@@ -47,11 +49,7 @@ func (d *driver) diff(ctx context.Context, from, to drivers.Ref, yield func(laye
 	}
 	o := layer.DiffOptions{OverrideStat: d.keepsStat()}
 	if send {
-		c, err := touched(ctx, a.fd, b.fd)
-		switch {
-		case err == nil:
-			o.Candidates = c.names
-		case !cannotSend(err):
+		if o.Candidates, err = d.candidates(ctx, from, to, a.fd, b.fd); err != nil {
 			return err
 		}
 	}
@@ -64,6 +62,25 @@ func (d *driver) diff(ctx context.Context, from, to drivers.Ref, yield func(laye
 		}
 	}
 	return nil
+}
+
+// candidates asks the kernel what may differ; nil if it cannot know.
+func (d *driver) candidates(ctx context.Context, from, to drivers.Ref, a, b *sys.Fd) (func(string) ([]string, bool, error), error) {
+	since, apart, err := d.apart(from, to)
+	if err == nil && apart {
+		apart, err = sayAlike(a, b, since)
+	}
+	if err != nil || apart {
+		return nil, err
+	}
+	c, err := touched(ctx, a, b)
+	switch {
+	case err == nil:
+		return c.names, nil
+	case cannotSend(err):
+		return nil, nil
+	}
+	return nil, err
 }
 
 // cannotSend: the kernel cannot say what changed, and the walk can: a path is too
@@ -131,7 +148,7 @@ func (l *layerDir) hold(ctx context.Context, t *stillTree) error {
 	switch {
 	case err != nil || ro:
 		return err
-	case l.kind != writable: // committed volatile by a process that died, or a view of nothing
+	case l.kind != writable: // a view of nothing
 		return ioctl.SetReadOnly(t.fd, true)
 	}
 	l.sweepSnapshots(ctx)
@@ -141,17 +158,8 @@ func (l *layerDir) hold(ctx context.Context, t *stillTree) error {
 // snapshot makes t a snapshot of it, in a directory of its own that is locked for
 // as long as it is in use: a directory that nobody holds was left by a crash.
 func (l *layerDir) snapshot(ctx context.Context, t *stillTree) error {
-	name := diffPrefix + strconv.FormatUint(rand.Uint64(), 36)
-	if err := l.Mkdir(name, 0o700); err != nil {
-		return err
-	}
-	dir, err := l.Openat(name, sys.O_RDONLY|sys.O_DIRECTORY, 0)
+	name, dir, lock, err := l.snapshotDir()
 	if err != nil {
-		return err
-	}
-	lock, err := dir.TryLock(sys.LockExclusive)
-	if err != nil { // a sweeper has it; it finds nothing in it
-		dir.Close()
 		return err
 	}
 	in, err := l.Dup()
@@ -161,7 +169,7 @@ func (l *layerDir) snapshot(ctx context.Context, t *stillTree) error {
 		return err
 	}
 	drop := func() {
-		_ = destroyLayer(context.WithoutCancel(ctx), in, name)
+		_ = destroyer{ctx: context.WithoutCancel(ctx)}.layer(in, name)
 		lock.Close()
 		dir.Close()
 		in.Close()
@@ -181,6 +189,36 @@ func (l *layerDir) snapshot(ctx context.Context, t *stillTree) error {
 	return nil
 }
 
+// snapshotDir makes a directory and locks it; another one if a sweeper was
+// between the two.
+func (l *layerDir) snapshotDir() (name string, dir *sys.Fd, lock *sys.Lock, err error) {
+	for {
+		name = diffPrefix + strconv.FormatUint(rand.Uint64(), 36)
+		if err := l.Mkdir(name, 0o700); err != nil {
+			return "", nil, nil, err
+		}
+		dir, err = l.Openat(name, sys.O_RDONLY|sys.O_DIRECTORY, 0)
+		if errors.Is(err, syscall.ENOENT) {
+			continue
+		}
+		if err != nil {
+			return "", nil, nil, err
+		}
+		lock, err = dir.TryLock(sys.LockExclusive)
+		if err == nil {
+			var there bool
+			if there, err = exists(l.Fd, name); there {
+				return name, dir, lock, nil
+			}
+			lock.Close()
+		}
+		dir.Close()
+		if err != nil && !errors.Is(err, sys.ErrLocked) && !errors.Is(err, syscall.ENOENT) {
+			return "", nil, nil, err
+		}
+	}
+}
+
 // sweepSnapshots deletes the snapshots of diffs that were killed.
 func (l *layerDir) sweepSnapshots(ctx context.Context) {
 	names, err := l.ReadDir()
@@ -188,18 +226,16 @@ func (l *layerDir) sweepSnapshots(ctx context.Context) {
 		return
 	}
 	for _, e := range names {
-		if len(e.Name) <= len(diffPrefix) || e.Name[:len(diffPrefix)] != diffPrefix {
+		if !strings.HasPrefix(e.Name, diffPrefix) {
 			continue
 		}
 		dir, err := l.Openat(e.Name, sys.O_RDONLY|sys.O_DIRECTORY, 0)
 		if err != nil {
 			continue
 		}
-		if there, err := exists(dir, "s"); err == nil && there { // else it is being made
-			if lock, err := dir.TryLock(sys.LockExclusive); err == nil {
-				_ = destroyLayer(context.WithoutCancel(ctx), l.Fd, e.Name)
-				lock.Close()
-			}
+		if lock, err := dir.TryLock(sys.LockExclusive); err == nil {
+			_ = destroyer{ctx: context.WithoutCancel(ctx)}.layer(l.Fd, e.Name)
+			lock.Close()
 		}
 		dir.Close()
 	}

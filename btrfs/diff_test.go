@@ -1,10 +1,13 @@
 package btrfs
 
 import (
+	"os"
 	"os/exec"
+	"strconv"
 	"testing"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/testenv"
 )
 
 // diffCases are changes of which SEND says little: what it does not name must be
@@ -82,6 +85,21 @@ var diffCases = []struct{ name, base, change string }{
 	{"removed, and a new file of the same name and content",
 		`mkdir a; echo 1 >a/f; touch -d @1000000000 a/f a`,
 		`cp -p a/f t; rm a/f; sync -f .; mv t a/f; touch -d @1000000000 a`},
+	{"inline to regular, and back",
+		`echo 1 >f; head -c 300000 /dev/zero | tr '\0' x >g; touch -d @1000000000 f g`,
+		`head -c 300000 /dev/zero | tr '\0' x >f; echo 1 >g; touch -d @1000000000 f g`},
+	{"preallocated beyond the end and inside, and a hole at the end",
+		`head -c 8192 /dev/zero | tr '\0' x >f; cp f g; cp f h; touch -d @1000000000 f g h`,
+		`fallocate -n -l 1M f; fallocate -o 1M -l 1M g; truncate -s 1M h; touch -d @1000000000 f g h`},
+	{"another file's blocks by reflink, the size the same",
+		`head -c 262144 /dev/zero | tr '\0' x >f; head -c 262144 /dev/zero | tr '\0' y >g; touch -d @1000000000 f g`,
+		`cp --reflink=always g f; touch -d @1000000000 f`},
+	{"a device takes another's place", `mknod n c 1 3; mknod m b 7 0; touch -d @1000000000 n m .`, `rm n m; mknod n c 1 5; mknod m c 7 0; touch -d @1000000000 n m .`},
+	{"the last inode number is given again, to another type",
+		`mkdir a b; echo 1 >a/last`,
+		`rm a/last; mkdir a/last; echo 2 >a/last/x`},
+	{"a default ACL and its inheritance", `mkdir a; echo 1 >a/f`, `setfacl -d -m u:1:r a; touch a/g; setfacl -m u:2:rw a/f`},
+	{"a capability, kept by a rename", `cp /bin/true f; setcap cap_net_raw+ep f; cp /bin/true g`, `mv f h; setcap cap_chown+ep g`},
 	{"names with bytes that mean something",
 		`mkdir -p 'o257-7-0/x' 'a b'; echo 1 >'o257-7-0/x/f'; echo 2 >'a b/o258-7-0'`,
 		`mv 'o257-7-0' t; mv 'a b' 'o257-7-0'; mv t 'a b'; echo 3 >>'a b/x/f'`},
@@ -121,4 +139,87 @@ func (h *history) script(parent drivers.Ref, script string) drivers.Ref {
 	}
 	h.commit(r)
 	return r
+}
+
+// SEND said nothing of a symlink or a file that two containers of one image made
+// or changed at the same moment: the numbers, the transaction and the tick of the
+// clock are the same, and it compares no more. Of names and xattrs it then says EIO.
+func TestDiffOfWhatHappenedAtTheSameMoment(t *testing.T) {
+	h := fixture(t, testenv.MountOptions("commit=300"))
+	base := h.script(drivers.Ref{}, "mkdir d; echo 1 >f; for i in 0 1 2 3 4 5 6 7 8 9; do echo 1 >d/$i; done")
+	alike := false
+	for round := 0; round < 5 || !alike && round < 1000; round++ {
+		a, aTree := h.create(base, drivers.CreateOptions{})
+		b, bTree := h.create(base, drivers.CreateOptions{})
+		for i := range 10 {
+			n := strconv.Itoa(i)
+			for tree, content := range map[string]string{aTree: "a", bTree: "b"} {
+				h.must(os.Symlink(content, tree+"/symlink"+n))
+				h.must(os.WriteFile(tree+"/new"+n, []byte(content), 0o644))
+				h.must(os.WriteFile(tree+"/d/"+n, []byte(content), 0o644))
+				h.must(os.Link(tree+"/d/"+n, tree+"/"+content+n))
+			}
+		}
+		for _, p := range [][2]drivers.Ref{{a, b}, {b, a}} {
+			if msg := h.differs(p[0], p[1]); msg != "" {
+				t.Fatalf("from %s to %s: %s", p[0].ID, p[1].ID, msg)
+			}
+		}
+		alike = alike || h.alike(a, b)
+		h.must(h.d.Remove(h.ctx, a.ID))
+		h.must(h.d.Remove(h.ctx, b.ID))
+	}
+	if !alike {
+		t.Error("nothing ever happened at the same moment")
+	}
+}
+
+// alike reports whether a diff of two layers has files that SEND cannot tell apart.
+func (h *history) alike(a, b drivers.Ref) bool {
+	h.Helper()
+	since, apart, err := h.d.apart(a, b)
+	h.must(err)
+	if !apart {
+		h.Fatal("siblings are said not to be")
+	}
+	from, err := h.d.still(h.ctx, a, true)
+	h.must(err)
+	defer from.close()
+	to, err := h.d.still(h.ctx, b, true)
+	h.must(err)
+	defer to.close()
+	alike, err := sayAlike(from.fd, to.fd, since)
+	h.must(err)
+	return alike
+}
+
+// Files that are open and have no name any more are in a snapshot, and in no tree.
+func TestDiffAndUsageWithoutUnlinkedFiles(t *testing.T) {
+	h := fixture(t)
+	base := h.script(drivers.Ref{}, "mkdir d; echo 1 >d/f; echo 2 >d/g; ln d/g d/h")
+	r, tree := h.create(base, drivers.CreateOptions{})
+	for _, names := range [][]string{{"f"}, {"g", "h"}, {"new"}} {
+		f, err := os.OpenFile(tree+"/d/"+names[0], os.O_RDWR|os.O_CREATE, 0o600)
+		h.must(err)
+		defer f.Close()
+		for _, n := range names {
+			h.must(os.Remove(tree + "/d/" + n))
+		}
+		_, err = f.Write(make([]byte, 1<<20))
+		h.must(err)
+		h.must(f.Sync())
+	}
+	if msg := h.compare(base, r); msg != "" {
+		t.Error(msg)
+	}
+	h.commit(r)
+	if msg := h.compare(base, r); msg != "" {
+		t.Error(msg)
+	}
+	if h.sent != 2 {
+		t.Errorf("%d of 2 by SEND", h.sent)
+	}
+	if u, err := h.d.Usage(h.ctx, r); err != nil || u.Bytes != 0 || u.Inodes != 0 {
+		t.Errorf("usage %+v, %v, of a layer that has only deletions", u, err)
+	}
 }

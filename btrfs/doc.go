@@ -20,10 +20,12 @@
 //	Create   new/ID made, subvolume made, described | renamed to l/ID
 //	Commit   checked | ro made, a snapshot of fs | fs deleted
 //	Remove   l/ID renamed to del/ID | subvolumes deleted, del/ID deleted
+//	Diff     diff.X made and locked, snapshot made | both deleted
 //
 // Left of the bar the old state holds, right of it the new one. A committed layer
 // may still have its fs: a mount of it was alive, or the process died. The next
-// Create on it, or its Remove, deletes it.
+// Create on it, or its Remove, deletes it. What a killed Diff left goes with the next
+// Diff of the layer, its Commit, a Create on it, or its Remove.
 //
 // # Locks
 //
@@ -34,12 +36,15 @@
 //
 //   - A read-only flag does not flush what was written, a snapshot does: so Commit
 //     takes a snapshot, whose transaction is on the disk when it returns. A volatile
-//     Commit renames and sets the flag, and writers that are alive reach it.
+//     one, too: what is not flushed is in no tree, and would not be counted.
 //   - A subvolume that somebody made in a layer is not in a snapshot of it. Commit
 //     and Diff refuse such a layer by name; Remove deletes them, deepest first.
 //   - Without CAP_SYS_ADMIN there is no SEND and no tree search: Diff walks both
 //     trees, Usage is unknown, and Remove empties a subvolume file by file unless the
 //     file system is mounted with user_subvol_rm_allowed.
+//   - SEND takes a file for unchanged when its inode item is: see siblings.go.
+//   - SNAP_DESTROY says EPERM of what is being sent, too, and of the default
+//     subvolume; only who may not delete at all empties file by file.
 //   - Files of two subvolumes never share device and inode number; a file that is
 //     equal in both trees must be known to be so by SEND, or read.
 package btrfs

@@ -3,18 +3,22 @@ package btrfs
 import (
 	"context"
 	"errors"
+	"fmt"
+	"iter"
 	"os"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
+	"github.com/layerctl/layerctl/layer"
 )
 
 func fixture(t *testing.T, opts ...testenv.Option) *history {
@@ -72,16 +76,21 @@ func TestNestedSubvolumes(t *testing.T) {
 	if !errors.Is(err, errdefs.ErrFailedPrecondition) || !strings.Contains(err.Error(), "var/lib/deep") {
 		t.Errorf("commit: %v, want ErrFailedPrecondition that names it", err)
 	}
-	for _, err := range h.d.Diff(h.ctx, drivers.Ref{}, r) {
-		if !errors.Is(err, errdefs.ErrFailedPrecondition) {
-			t.Errorf("diff: %v", err)
-		}
-		break
+	if err := firstOf(h.d.Diff(h.ctx, drivers.Ref{}, r)); !errors.Is(err, errdefs.ErrFailedPrecondition) {
+		t.Errorf("diff: %v", err)
 	}
 	h.must(h.d.Remove(h.ctx, r.ID))
 	if ids := slices.Collect(idsOf(h)); len(ids) > 0 {
 		t.Errorf("left: %v", ids)
 	}
+}
+
+// firstOf is the error with which a sequence begins.
+func firstOf(changes iter.Seq2[layer.Change, error]) error {
+	for _, err := range changes {
+		return err
+	}
+	return nil
 }
 
 func idsOf(h *history) func(func(drivers.ID) bool) {
@@ -104,38 +113,99 @@ func TestSnapshotsOfDiffsAreSwept(t *testing.T) {
 	h.commit(base)
 	r, tree := h.create(base, drivers.CreateOptions{})
 	h.must(os.WriteFile(tree+"/g", []byte("y"), 0o644))
-	left := func() (names []string) {
-		ents, err := os.ReadDir(h.d.root + "/l/" + r.ID.String())
-		h.must(err)
-		for _, e := range ents {
-			if strings.HasPrefix(e.Name(), diffPrefix) {
-				names = append(names, e.Name())
-			}
-		}
-		return names
-	}
-	abandon := func() { // as a killed process leaves it
+	left := func() []string { return leftOfDiffs(h, r) }
+	abandon := func() { // as killed processes leave it
+		h.must(os.Mkdir(h.d.root+"/l/"+r.ID.String()+"/diff.early", 0o700))
 		h.must(os.Mkdir(h.d.root+"/l/"+r.ID.String()+"/diff.dead", 0o700))
 		dir, err := sys.OpenDir(h.d.root + "/l/" + r.ID.String() + "/diff.dead")
 		h.must(err)
 		defer dir.Close()
-		fs, err := sys.OpenDir(tree)
+		l, err := h.d.layer(r.ID)
+		h.must(err)
+		defer l.Close()
+		fs, err := l.tree()
 		h.must(err)
 		defer fs.Close()
 		h.must(ioctl.Snapshot(fs, dir, "s", true))
 	}
 	abandon()
-	for range h.d.Diff(h.ctx, base, r) {
-		if n := left(); len(n) != 1 || n[0] == "diff.dead" {
+	during := 0
+	for _, err := range h.d.Diff(h.ctx, base, r) {
+		h.must(err)
+		if n := left(); len(n) != 1 || n[0] == "diff.dead" || n[0] == "diff.early" {
 			t.Errorf("during a diff: %v", n)
 		}
+		during++
 	}
+	if n := left(); len(n) > 0 || during == 0 {
+		t.Errorf("after the diff of %d changes: %v", during, n)
+	}
+	abandon()
+	h.commit(r) // it kept what they share for as long as the layer was there
 	if n := left(); len(n) > 0 {
-		t.Errorf("after the diff: %v", n)
+		t.Errorf("after the commit: %v", n)
 	}
 	abandon()
 	h.must(h.d.Remove(h.ctx, r.ID))
 	h.must(h.d.Remove(h.ctx, base.ID))
+}
+
+// leftOfDiffs lists what diffs have made beside a layer's subvolume.
+func leftOfDiffs(h *history, r drivers.Ref) (names []string) {
+	h.Helper()
+	ents, err := os.ReadDir(h.d.root + "/l/" + r.ID.String())
+	h.must(err)
+	for _, e := range ents {
+		if strings.HasPrefix(e.Name(), diffPrefix) {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}
+
+// Sweepers take nothing from diffs at work, and no diff fails for them.
+func TestDiffsOfOneLayerAtOnce(t *testing.T) {
+	h := fixture(t)
+	base := h.script(drivers.Ref{}, "echo 1 >f")
+	r, tree := h.create(base, drivers.CreateOptions{})
+	h.must(os.WriteFile(tree+"/g", []byte("y"), 0o644))
+	var g errgroup.Group
+	for range 4 {
+		g.Go(func() error {
+			for range 10 {
+				var names []string
+				for c, err := range h.d.Diff(h.ctx, base, r) {
+					if err != nil {
+						return err
+					}
+					names = append(names, c.Entry.Path)
+				}
+				if !slices.Contains(names, "g") {
+					return fmt.Errorf("changes %q, want g", names)
+				}
+			}
+			return nil
+		})
+	}
+	h.must(g.Wait())
+	if n := leftOfDiffs(h, r); len(n) > 0 {
+		t.Errorf("left: %v", n)
+	}
+}
+
+// A volatile commit said that the layer held nothing, for good: its data was not
+// flushed yet.
+func TestUsageOfAVolatileCommit(t *testing.T) {
+	h := fixture(t, testenv.MountOptions("commit=300"))
+	r, tree := h.create(drivers.Ref{}, drivers.CreateOptions{})
+	h.must(os.WriteFile(tree+"/f", noise(1, 4<<20), 0o644))
+	got, err := h.d.Commit(h.ctx, r, drivers.CommitOptions{Volatile: true})
+	if want := (drivers.Usage{Bytes: 4 << 20, Inodes: 2}); err != nil || got != want {
+		t.Errorf("%+v, %v; want %+v", got, err, want)
+	}
+	if kept, err := h.d.Usage(h.ctx, r); err != nil || kept != got {
+		t.Errorf("kept: %+v, %v; want %+v", kept, err, got)
+	}
 }
 
 func TestDiffEndsWithItsContext(t *testing.T) {
@@ -147,12 +217,23 @@ func TestDiffEndsWithItsContext(t *testing.T) {
 		h.must(os.WriteFile(tree+"/"+strings.Repeat("n", 200)+string(rune('a'+i%26))+string(rune('a'+i/26%26))+string(rune('a'+i/676)), nil, 0o644))
 	}
 	ctx, cancel := context.WithCancel(h.ctx)
-	cancel()
+	defer cancel()
+	var last error
+	n := 0
 	for _, err := range h.d.Diff(ctx, base, r) {
-		if !errors.Is(err, context.Canceled) {
-			t.Errorf("%v", err)
+		if last = err; err == nil {
+			cancel()
+			n++
 		}
-		break
+	}
+	if n == 0 || n == 2000 || !errors.Is(last, context.Canceled) {
+		t.Errorf("%d changes, then %v", n, last)
+	}
+	if err := firstOf(h.d.Diff(ctx, base, r)); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled before: %v", err)
+	}
+	if names := leftOfDiffs(h, r); len(names) > 0 {
+		t.Errorf("left: %v", names)
 	}
 }
 

@@ -89,8 +89,8 @@ func open(ctx context.Context, c drivers.Config) (*driver, error) {
 		return nil, err
 	}
 	sweepScratch(root)
-	f, err := try(ctx, root)
-	if err != nil && !errors.Is(err, syscall.EROFS) {
+	f, err := look(ctx, root)
+	if err != nil {
 		return nil, err
 	}
 	d := &driver{root: root, admin: f.admin, quota: f.quota}
@@ -165,51 +165,80 @@ func (f *found) has(feature string) bool {
 	return slices.ContainsFunc(f.results, func(r kprobe.Result) bool { return r.Feature == feature && r.Answer == kprobe.Yes })
 }
 
-// try makes a subvolume and a snapshot of it in a scratch directory, tries there
-// what the driver can do, and deletes all.
-func try(ctx context.Context, dir string) (f found, err error) {
-	scratch, err := os.MkdirTemp(dir, scratchPrefix)
+// look finds out what the driver can do in dir, without a subvolume: each costs a
+// transaction, and Open is called by every command.
+func look(ctx context.Context, dir string) (f found, err error) {
+	d, err := sys.OpenDir(dir)
 	if err != nil {
 		return f, err
 	}
-	in, err := sys.OpenDir(scratch)
-	if err != nil {
-		return f, errors.Join(err, os.Remove(scratch))
-	}
-	defer func() {
-		in.Close()
-		err = errors.Join(err, dropScratch(ctx, scratch))
-	}()
-	if err := ioctl.Create(in, "a"); err != nil {
-		return f, err
-	}
-	a, err := in.Openat("a", sys.O_RDONLY|sys.O_DIRECTORY, 0)
-	if err != nil {
-		return f, err
-	}
-	defer a.Close()
-	if err := ioctl.Snapshot(a, in, "b", true); err != nil {
-		return f, err
-	}
-	f.results = ioctl.Probe(a)
-	f.admin = f.has("TREE_SEARCH_V2") && f.has("SEND")
-	if f.admin {
-		if f.quota, _, err = ioctl.Quota(a); err != nil {
+	defer d.Close()
+	_, err = ioctl.Deleted(d) // a tree search; who may search may send
+	if f.admin = err == nil; f.admin {
+		if f.quota, _, err = ioctl.Quota(d); err != nil {
 			return f, err
 		}
+	} else if !errors.Is(err, syscall.EPERM) && !errors.Is(err, syscall.ENOTTY) {
+		return f, err
 	}
-	f.results = append(f.results, kept(idMap, tryIDMap(ctx, scratch+"/a"), "kernel 5.15, and CAP_SYS_ADMIN where the file system was mounted"))
-	f.tryLosses(a)
+	f.results = append(f.results, kept(idMap, tryIDMap(ctx, dir), "kernel 5.15, and CAP_SYS_ADMIN where the file system was mounted"))
+	if err := f.tryLosses(ctx, dir); err != nil && !errors.Is(err, syscall.EROFS) {
+		return f, err
+	}
 	return f, nil
 }
 
-func dropScratch(ctx context.Context, scratch string) error {
-	parent, err := sys.OpenDir(filepath.Dir(scratch))
+// try is look, and makes a subvolume and a snapshot of it, on which it tries every
+// request.
+func try(ctx context.Context, dir string) (f found, err error) {
+	if f, err = look(ctx, dir); err != nil {
+		return f, err
+	}
+	err = inScratch(ctx, dir, func(in *sys.Fd) error {
+		if err := ioctl.Create(in, "a"); err != nil {
+			return err
+		}
+		a, err := in.Openat("a", sys.O_RDONLY|sys.O_DIRECTORY, 0)
+		if err != nil {
+			return err
+		}
+		defer a.Close()
+		if err := ioctl.Snapshot(a, in, "b", true); err != nil {
+			return err
+		}
+		f.results = append(ioctl.Probe(a), f.results...)
+		return nil
+	})
+	return f, err
+}
+
+// inScratch runs f in a directory of its own, which is removed.
+func inScratch(ctx context.Context, dir string, f func(*sys.Fd) error) error {
+	scratch, err := os.MkdirTemp(dir, scratchPrefix)
 	if err != nil {
 		return err
 	}
-	defer parent.Close()
-	return destroyLayer(context.WithoutCancel(ctx), parent, filepath.Base(scratch))
+	in, err := sys.OpenDir(scratch)
+	if err != nil {
+		return errors.Join(err, os.Remove(scratch))
+	}
+	err = f(in)
+	in.Close()
+	return errors.Join(err, dropScratch(ctx, scratch))
+}
+
+// dropScratch removes a scratch directory: files, and subvolumes.
+func dropScratch(ctx context.Context, scratch string) error {
+	dir, err := sys.OpenDir(scratch)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	e := &emptier{destroyer: destroyer{ctx: context.WithoutCancel(ctx)}}
+	if err := e.dir(dir); err != nil {
+		return err
+	}
+	return os.Remove(scratch)
 }
 
 // sweepScratch removes the scratch directories of processes that died in a probe,
@@ -244,30 +273,30 @@ func tryIDMap(ctx context.Context, dir string) error {
 const netRaw = "\x01\x00\x00\x02\x00\x20\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
 
 // tryLosses finds out what this process cannot store.
-func (f *found) tryLosses(dir *sys.Fd) {
-	onFile := func(set func(*sys.Fd) error) error {
-		file, err := dir.Openat("meta", sys.O_RDWR|sys.O_CREAT, 0o600)
+func (f *found) tryLosses(ctx context.Context, dir string) error {
+	return inScratch(ctx, dir, func(in *sys.Fd) error {
+		file, err := in.Openat("file", sys.O_RDWR|sys.O_CREAT, 0o600)
 		if err != nil {
 			return err
 		}
 		defer file.Close()
-		return set(file)
-	}
-	for _, l := range []struct {
-		feature, lost, needs string
-		err                  error
-	}{
-		{"chown to other ids", "owners outside the user namespace (kept in user.containers.override_stat, where a later chmod or chown is not seen)", "needs CAP_CHOWN",
-			onFile(func(f *sys.Fd) error { return f.Chown("", 12345, 12345) })},
-		{"device nodes", "device nodes", "needs CAP_MKNOD outside any user namespace", dir.Mknod("null", sys.S_IFCHR|0o600, 1, 3)},
-		{"trusted.* xattrs", "trusted.* xattrs", "needs CAP_SYS_ADMIN outside any user namespace",
-			onFile(func(f *sys.Fd) error { return f.Setxattr("", "trusted.layerctl", "x") })},
-		{"file capabilities", "file capabilities", "needs CAP_SETFCAP",
-			onFile(func(f *sys.Fd) error { return f.Setxattr("", "security.capability", netRaw) })},
-	} {
-		r := kept(l.feature, l.err, l.needs)
-		if f.results = append(f.results, r); r.Answer != kprobe.Yes {
-			f.lost = append(f.lost, l.lost)
+		for _, l := range []struct {
+			feature, lost, needs string
+			err                  error
+		}{
+			{"chown to other ids", "owners outside the user namespace (kept in user.containers.override_stat, where a later chmod or chown is not seen)", "needs CAP_CHOWN", file.Chown("", 12345, 12345)},
+			{"device nodes", "device nodes", "needs CAP_MKNOD outside any user namespace", in.Mknod("null", sys.S_IFCHR|0o600, 1, 3)},
+			{"trusted.* xattrs", "trusted.* xattrs", "needs CAP_SYS_ADMIN outside any user namespace", file.Setxattr("", "trusted.layerctl", "x")},
+			{"file capabilities", "file capabilities", "needs CAP_SETFCAP", file.Setxattr("", "security.capability", netRaw)},
+		} {
+			if drivers.IsFull(l.err) {
+				return l.err
+			}
+			r := kept(l.feature, l.err, l.needs)
+			if f.results = append(f.results, r); r.Answer != kprobe.Yes {
+				f.lost = append(f.lost, l.lost)
+			}
 		}
-	}
+		return nil
+	})
 }

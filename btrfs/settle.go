@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -20,15 +23,18 @@ func (d *driver) SyncUsage(ctx context.Context) error {
 	return d.onRoot(ctx, "sync", (*sys.Fd).SyncFS)
 }
 
-// WaitFreed waits for the kernel's cleaner, and for the transaction after it, which
-// gives the blocks back. The qgroups of subvolumes that are gone go, too, where the
-// kernel leaves them, as with `btrfs qgroup clear-stale`.
+// WaitFreed waits for the kernel's cleaner to be done with the subvolumes that are
+// deleted now, and for the transaction after it, which gives the blocks back. Qgroups
+// of this driver's that the kernel kept go, too.
 func (d *driver) WaitFreed(ctx context.Context) error {
 	return d.onRoot(ctx, "wait for free space", func(root *sys.Fd) error {
 		if !d.admin {
 			return fmt.Errorf("which deleted subvolumes are still there is told only with CAP_SYS_ADMIN outside any user namespace: %w", errdefs.ErrUnavailable)
 		}
-		return waitFreed(ctx, root)
+		if err := waitFreed(ctx, root); err != nil {
+			return err
+		}
+		return d.dropQgroups()
 	})
 }
 
@@ -38,33 +44,73 @@ const freedPoll = 50 * time.Millisecond
 func waitFreed(ctx context.Context, root *sys.Fd) error {
 	tick := time.NewTicker(freedPoll)
 	defer tick.Stop()
-	for {
+	all, err := ioctl.Deleted(root)
+	for err == nil {
 		if err := ioctl.SyncAll(root); err != nil {
 			return err
 		}
-		left, err := ioctl.Deleted(root)
-		if err != nil {
+		var now []uint64
+		if now, err = ioctl.Deleted(root); err != nil {
 			return err
 		}
-		if len(left) == 0 {
-			return errors.Join(ioctl.SyncAll(root), dropStaleQgroups(root))
+		all = slices.DeleteFunc(all, func(id uint64) bool { return !slices.Contains(now, id) })
+		if len(all) == 0 {
+			return ioctl.SyncAll(root)
 		}
-		drivers.ReportProgress(ctx, drivers.Progress{Step: "subvolumes left to free", Entries: int64(len(left))})
+		drivers.ReportProgress(ctx, drivers.Progress{Step: "subvolumes left to free", Entries: int64(len(all))})
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
 	}
+	return err
 }
 
-func dropStaleQgroups(root *sys.Fd) error {
-	stale, err := ioctl.StaleQgroups(root)
+// qgroupPrefix begins the names, in del, of the subvolumes whose qgroup is still to
+// be dropped: simple quotas count a deleted subvolume for as long as it has blocks.
+const qgroupPrefix = ".qgroup-"
+
+// noteQgroup notes a subvolume whose qgroup the kernel keeps for now. Without the
+// note it stays, and counts nothing.
+func (d *driver) noteQgroup(subvol uint64) {
+	root, err := sys.OpenDir(d.root)
+	if err != nil {
+		return
+	}
+	defer root.Close()
+	if mode, _, err := ioctl.Quota(root); err != nil || mode != ioctl.QuotaSimple {
+		return // qgroups go with the subvolume
+	}
+	f, err := root.Openat(deletedDir+"/"+qgroupPrefix+strconv.FormatUint(subvol, 10), sys.O_WRONLY|sys.O_CREAT, 0o600)
+	if err == nil {
+		f.Close()
+	}
+}
+
+// dropQgroups drops the noted ones that count nothing any more.
+func (d *driver) dropQgroups() error {
+	del, err := d.open(deletedDir)
 	if err != nil {
 		return err
 	}
-	for _, id := range stale {
-		if err := ioctl.DestroyQgroup(root, id); err != nil && !errors.Is(err, syscall.ENOENT) && !errors.Is(err, syscall.EBUSY) {
+	defer del.Close()
+	names, err := del.ReadDir()
+	if err != nil {
+		return err
+	}
+	for _, e := range names {
+		text, ours := strings.CutPrefix(e.Name, qgroupPrefix)
+		subvol, err := strconv.ParseUint(text, 10, 64)
+		if !ours || err != nil {
+			continue
+		}
+		switch err := ioctl.DestroyQgroup(del, subvol); {
+		case err == nil, errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ENOTCONN):
+			if err := del.Unlink(e.Name, 0); err != nil && !errors.Is(err, syscall.ENOENT) {
+				return err
+			}
+		case !errors.Is(err, syscall.EBUSY):
 			return err
 		}
 	}

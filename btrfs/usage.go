@@ -4,13 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"slices"
-	"strings"
 	"syscall"
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
-	"github.com/layerctl/layerctl/internal/sys"
 )
 
 // Usage counts what the layer's subvolume has that is younger than the snapshot
@@ -39,15 +36,16 @@ func (d *driver) usage(ctx context.Context, id drivers.ID) (drivers.Usage, error
 	if err != nil || !d.admin {
 		return u, err
 	}
+	// A qgroup says less where something else shares the layer's blocks: a snapshot
+	// that a diff or somebody has of it, a reflink of a file.
 	if bytes, ok, err := l.counted(); ok || err != nil {
-		return drivers.Usage{Bytes: bytes, Inodes: u.Inodes}, err
+		return drivers.Usage{Bytes: max(bytes, u.Bytes), Inodes: u.Inodes}, err
 	}
 	return u, nil
 }
 
 // counted is what the qgroup of a writable layer has. False where there is none,
-// where a scan is due, and, with full qgroups, while a diff has a snapshot of the
-// layer: then nothing is exclusive.
+// and where a scan is due.
 func (l *layerDir) counted() (bytes int64, ok bool, err error) {
 	if l.kind != writable {
 		return 0, false, nil
@@ -61,9 +59,6 @@ func (l *layerDir) counted() (bytes int64, ok bool, err error) {
 	if err != nil || mode == ioctl.QuotaOff || !right {
 		return 0, false, err
 	}
-	if shared, err := l.isSnapshotted(); err != nil || shared && mode == ioctl.QuotaFull {
-		return 0, false, err
-	}
 	id, err := ioctl.SubvolID(tree)
 	if err != nil {
 		return 0, false, err
@@ -73,12 +68,6 @@ func (l *layerDir) counted() (bytes int64, ok bool, err error) {
 		return 0, false, nil
 	}
 	return int64(u.Exclusive), err == nil, err
-}
-
-// isSnapshotted reports whether a diff shows the layer by a snapshot.
-func (l *layerDir) isSnapshotted() (bool, error) {
-	names, err := l.ReadDir()
-	return slices.ContainsFunc(names, func(e sys.Dirent) bool { return strings.HasPrefix(e.Name, diffPrefix) }), err
 }
 
 // measure counts the inodes that the layer made, and the extents that it wrote,

@@ -125,55 +125,6 @@ func decodeQgroup(b []byte) (QgroupUsage, error) {
 	return QgroupUsage{Referenced: le.Uint64(b[8:]), Exclusive: le.Uint64(b[24:])}, nil
 }
 
-// StaleQgroups lists the qgroups of subvolumes that are gone, that count nothing.
-// The number of a subvolume is never given twice.
-func StaleQgroups(fd *sys.Fd) (subvols []uint64, err error) {
-	q := Query{
-		Tree: BTRFS_QUOTA_TREE_OBJECTID,
-		Min:  Key{Type: BTRFS_QGROUP_INFO_KEY, Offset: BTRFS_FIRST_FREE_OBJECTID},
-		Max:  Key{Type: BTRFS_QGROUP_INFO_KEY, Offset: 1<<48 - 1}, // level 0
-	}
-	var empty []uint64
-	for i, err := range Search(fd, q) {
-		if isErrno(err, syscall.ENOENT) {
-			return nil, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		u, err := decodeQgroup(i.Data)
-		if err != nil {
-			return nil, err
-		}
-		if u == (QgroupUsage{}) {
-			empty = append(empty, i.Offset)
-		}
-	}
-	for _, id := range empty {
-		there, err := hasRoot(fd, id)
-		if err != nil {
-			return nil, err
-		}
-		if !there {
-			subvols = append(subvols, id)
-		}
-	}
-	return subvols, nil
-}
-
-// hasRoot reports whether a subvolume is there, deleted or not.
-func hasRoot(fd *sys.Fd, id uint64) (bool, error) {
-	q := Query{
-		Tree: BTRFS_ROOT_TREE_OBJECTID,
-		Min:  Key{Object: id, Type: BTRFS_ROOT_ITEM_KEY},
-		Max:  Key{Object: id, Type: BTRFS_ROOT_ITEM_KEY, Offset: ^uint64(0)},
-	}
-	for _, err := range Search(fd, q) {
-		return err == nil, err
-	}
-	return false, nil
-}
-
 // DestroyQgroup drops the qgroup of a subvolume that is deleted. Since Linux 6.11
 // the kernel does that itself when the subvolume's blocks are free, and says EBUSY
 // until then.

@@ -1,6 +1,7 @@
 package drivertest
 
 import (
+	"math/rand/v2"
 	"os"
 
 	"github.com/layerctl/layerctl/drivers"
@@ -43,12 +44,19 @@ const mib = 1 << 20
 // slack allows for directories and for what a file system stores beside the data.
 const slack = 128 << 10
 
+// noise is what no file system stores in less space.
+func noise(size int) string {
+	b := make([]byte, size)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(b)
+	return string(b)
+}
+
 func usageCounts(k *kit) {
 	r := k.create(drivers.Ref{}, drivers.CreateOptions{})
 	before := k.used(r)
 	k.edit(r, func(dir string) {
 		w := &work{TB: k, dir: dir}
-		w.file("d/f", string(make([]byte, mib)))
+		w.file("d/f", noise(mib))
 		w.symlink("f", "l")
 	})
 	after := k.used(r)
@@ -62,7 +70,7 @@ func usageLinks(k *kit) {
 	before := k.used(r)
 	k.edit(r, func(dir string) {
 		w := &work{TB: k, dir: dir}
-		w.file("a", string(make([]byte, mib)))
+		w.file("a", noise(mib))
 		w.link("a", "b")
 		w.mkdir("d")
 		w.link("a", "d/c")
@@ -72,7 +80,7 @@ func usageLinks(k *kit) {
 
 func usageParents(k *kit) {
 	base := k.layer(drivers.Ref{}, func(dir string) {
-		(&work{TB: k, dir: dir}).file("large", string(make([]byte, 8*mib)))
+		(&work{TB: k, dir: dir}).file("large", noise(8*mib))
 	})
 	child := k.create(base, drivers.CreateOptions{})
 	u := k.used(child)
@@ -81,7 +89,7 @@ func usageParents(k *kit) {
 	} else if u.Bytes > slack {
 		k.Errorf("a new child of 8 MiB holds %d bytes", u.Bytes)
 	}
-	k.edit(child, func(dir string) { (&work{TB: k, dir: dir}).file("own", string(make([]byte, mib))) })
+	k.edit(child, func(dir string) { (&work{TB: k, dir: dir}).file("own", noise(mib)) })
 	k.grew("the child's own file", u, k.used(child), mib, slack, 1)
 }
 
@@ -90,7 +98,7 @@ func usageSparse(k *kit) {
 	before := k.used(r)
 	k.edit(r, func(dir string) {
 		w := &work{TB: k, dir: dir}
-		w.file("f", string(make([]byte, mib)))
+		w.file("f", noise(mib))
 		w.truncate("f", 1<<30)
 	})
 	k.grew("1 MiB of data in 1 GiB", before, k.used(r), mib, slack, 1)
@@ -104,7 +112,7 @@ func usageSparse(k *kit) {
 
 func usageOfCommit(k *kit) {
 	r := k.create(drivers.Ref{}, drivers.CreateOptions{})
-	k.edit(r, func(dir string) { (&work{TB: k, dir: dir}).file("f", string(make([]byte, mib))) })
+	k.edit(r, func(dir string) { (&work{TB: k, dir: dir}).file("f", noise(mib)) })
 	committed := k.commit(r)
 	if u := k.used(r); u != committed {
 		k.Errorf("Commit returned %+v, Usage says %+v", committed, u)

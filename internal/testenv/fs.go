@@ -58,6 +58,9 @@ func FS(t testing.TB, kind string, opts ...Option) string {
 	for _, f := range opts {
 		f(&o)
 	}
+	if kind == "btrfs" {
+		o.btrfsProfile()
+	}
 	dir := filepath.Join(Scratch(t), "m")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
@@ -134,6 +137,9 @@ func mountFS(t testing.TB, kind, source, dir string, o fsOptions) {
 			CheckBtrfs(t, Image(dir))
 		}
 	})
+	if kind == "btrfs" {
+		finishBtrfs(t, dir)
+	}
 }
 
 // CheckBtrfs runs btrfs check on the file of an unmounted file system, unless that
@@ -143,6 +149,8 @@ func CheckBtrfs(t testing.TB, image string) {
 	switch {
 	case bytes.Contains(out, []byte("unsupported option features")):
 		t.Logf("not checked: %s", bytes.TrimSpace(out))
+	case err != nil && os.Getenv(envBtrfsQuota) != "" && bytes.Contains(out, []byte("Counts for qgroup id")):
+		t.Logf("qgroups of a subvolume half freed: %s", bytes.TrimSpace(out))
 	case err != nil:
 		t.Errorf("btrfs check: %v\n%s", err, out)
 	}
