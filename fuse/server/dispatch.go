@@ -67,8 +67,9 @@ var operations = [opCount]operation{
 	opSyncfs:        {"SYNCFS", inHeaderSize, false, nothing((*Server).syncfs)},
 	opInit:          {"INIT", inHeaderSize + 16, false, (*Server).init},
 	opDestroy:       {"DESTROY", inHeaderSize, false, nothing(func(*Server, *request) fuse.Status { return fuse.OK })},
-	// No request waits for another one, so none can be interrupted: the kernel
-	// sends no more of these.
+	// No request waits for another one, and what takes long (a copy-up) looks by
+	// itself whether its caller is being killed: the kernel sends no more of these,
+	// which come for harmless signals, too.
 	opInterrupt: {"INTERRUPT", inHeaderSize, false, nothing(func(*Server, *request) fuse.Status { return fuse.ENOSYS })},
 }
 

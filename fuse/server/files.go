@@ -43,7 +43,7 @@ func (s *Server) open(r *request) (int, fuse.Status) {
 	if n == nil {
 		return 0, estale
 	}
-	f, err := s.union.Open(n, s.openFlags(in.Flags))
+	f, err := s.union.Open(s.caller(&in.InHeader, 0), n, s.openFlags(in.Flags))
 	if err != nil {
 		return 0, status(err)
 	}

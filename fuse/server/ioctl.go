@@ -48,7 +48,7 @@ func (s *Server) ioctl(r *request) (int, fuse.Status) {
 		if len(data) < 4 {
 			return 0, fuse.EINVAL
 		}
-		err = s.union.SetFileFlags(n, *sys.View[uint32](data))
+		err = s.union.SetFileFlags(s.caller(r.header(), 0), n, *sys.View[uint32](data))
 	case fsIocGetXattr:
 		var x sys.FSXattr
 		if x, err = s.union.FSXattr(n); err == nil && copy(out, sys.Bytes(&x)) < sys.SizeOf[sys.FSXattr]() {
@@ -58,7 +58,7 @@ func (s *Server) ioctl(r *request) (int, fuse.Status) {
 		if len(data) < sys.SizeOf[sys.FSXattr]() {
 			return 0, fuse.EINVAL
 		}
-		err = s.union.SetFSXattr(n, *sys.View[sys.FSXattr](data))
+		err = s.union.SetFSXattr(s.caller(r.header(), 0), n, *sys.View[sys.FSXattr](data))
 	default:
 		return 0, enotty
 	}

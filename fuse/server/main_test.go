@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -47,6 +48,9 @@ type setup struct {
 	Config  union.Config
 	Flags   uintptr
 	GoFuse  bool // served by go-fuse's own loop: what ours is compared with
+	// HoldAt is a step of a change at which the server stops, the first time: it
+	// writes to the fifo held and goes on when it has read from the fifo on.
+	HoldAt string
 }
 
 func (s *setup) config() union.Config {
@@ -73,7 +77,7 @@ func serveTest(what string) error {
 	s.Options.Log = log
 	srv := server.New(s.Options)
 	c := s.config()
-	c.Log, c.Invalidate = log, srv.Invalidate
+	c.Log, c.Invalidate, c.Step = log, srv.Invalidate, s.holder()
 	u, err := union.Open(context.Background(), c)
 	if err != nil {
 		return err
@@ -97,6 +101,24 @@ func serveTest(what string) error {
 	go counts(srv.Counts)
 	err = <-served
 	return errors.Join(err, u.Close())
+}
+
+// holder is a Config.Step that does what HoldAt says.
+func (s *setup) holder() func(string) error {
+	if s.HoldAt == "" {
+		return nil
+	}
+	var held atomic.Bool
+	return func(step string) error {
+		if step != s.HoldAt || !held.CompareAndSwap(false, true) {
+			return nil
+		}
+		if err := os.WriteFile(filepath.Join(s.Dir, "held"), []byte("held"), 0); err != nil {
+			return err
+		}
+		_, err := os.ReadFile(filepath.Join(s.Dir, "on"))
+		return err
+	}
 }
 
 func sayReady() {

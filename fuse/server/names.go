@@ -123,7 +123,7 @@ func (s *Server) link(r *request) (int, fuse.Status) {
 	if n == nil {
 		return 0, estale
 	}
-	e, err := s.union.Link(n, dir, name)
+	e, err := s.union.Link(s.caller(&in.InHeader, 0), n, dir, name)
 	return s.entry(r, e, err)
 }
 

@@ -100,7 +100,7 @@ func (fs *FS) Setattr(c Caller, n *Node, f *File, s SetAttr) (Attr, error) {
 			what = copyNoData
 		}
 	}
-	if err := fs.copyUp(n, what); err != nil {
+	if err := fs.copyUp(c.PID, n, what); err != nil {
 		return Attr{}, err
 	}
 	n.change.Lock()

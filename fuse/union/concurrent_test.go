@@ -97,7 +97,7 @@ func openAndLook(t *testing.T, u *unionSide, p string, r *rand.Rand) {
 			return nil
 		}
 		flags := []uint32{syscall.O_RDONLY, syscall.O_RDWR}[r.IntN(2)]
-		f, err := u.fs.Open(n, flags)
+		f, err := u.fs.Open(Caller{}, n, flags)
 		if err != nil {
 			return err
 		}

@@ -3,6 +3,9 @@ package union
 import (
 	"bytes"
 	"context"
+	"os"
+	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 
@@ -15,17 +18,23 @@ import (
 type refusals struct{ clone, copyRange sync.Map } // of a lower's device number
 
 const (
-	copyChunk = 16 << 20 // between two looks at the context
+	copyChunk = 8 << 20 // between two looks at who waits for it
 	copyBlock = 4096
 )
 
 var copyBuffers = sync.Pool{New: func() any { b := make([]byte, 1<<20); return &b }}
 
+// dataOptions say more about a copy of data.
+type dataOptions struct {
+	used   bool   // the file may have data already
+	waiter uint32 // see copyRequest
+}
+
 // copyData gives the file to, open for writing, the first size bytes of the file
 // that from, O_PATH or better, is open on: blocks shared, else copied by the
 // kernel, else read and written; holes stay holes. What is copied is flushed,
-// unless volatile. used says that to may have data already.
-func (u *upper) copyData(ctx context.Context, to, from int, size int64, used bool) error {
+// unless volatile.
+func (u *upper) copyData(ctx context.Context, to, from int, size int64, o dataOptions) error {
 	in, err := openData(from)
 	if err != nil {
 		return err
@@ -38,7 +47,7 @@ func (u *upper) copyData(ctx context.Context, to, from int, size int64, used boo
 	if u.tryClone(to, in, &st) {
 		return sys.FtruncateBare(to, size)
 	}
-	if used { // half of a copy that was ended: holes must be holes
+	if o.used { // half of a copy that was ended: holes must be holes
 		if err := sys.FtruncateBare(to, 0); err != nil {
 			return err
 		}
@@ -47,7 +56,7 @@ func (u *upper) copyData(ctx context.Context, to, from int, size int64, used boo
 	if err := sys.FtruncateBare(to, size); err != nil {
 		return err
 	}
-	c := copier{upper: u, ctx: ctx, to: to, in: in, dev: st.Dev, sparse: st.Blocks*512 < st.Size}
+	c := copier{upper: u, ctx: ctx, waiter: o.waiter, to: to, in: in, dev: st.Dev, sparse: st.Blocks*512 < st.Size}
 	if err := c.all(size); err != nil || u.volatile {
 		return err
 	}
@@ -74,9 +83,45 @@ func (u *upper) tryClone(to, in int, st *sys.Stat) bool {
 type copier struct {
 	upper  *upper
 	ctx    context.Context
+	waiter uint32
 	to, in int
 	dev    uint64 // of in
 	sparse bool
+	copied int // since the last look at the waiter
+}
+
+// goOn is asked after each part of n bytes: an error ends the copy.
+func (c *copier) goOn(n int) error {
+	if err := c.ctx.Err(); err != nil {
+		return err
+	}
+	if c.copied += n; c.copied < copyChunk {
+		return nil
+	}
+	c.copied = 0
+	if err := c.upper.step("copy-up: part of the data"); err != nil {
+		return err
+	}
+	if c.waiter != 0 && isKilled(c.waiter) {
+		return syscall.EINTR
+	}
+	return nil
+}
+
+// isKilled tells whether a thread has a signal pending that it does not survive;
+// not if there is no telling. The kernel marks each thread of a process that is to
+// die with SIGKILL, whichever the signal was. FUSE_INTERRUPT would not say that: it
+// comes once, for the first signal, which may be a harmless one. The thread waits
+// for us, whatever happens, so the number is still its own.
+func isKilled(tid uint32) bool {
+	b, err := os.ReadFile("/proc/" + strconv.FormatUint(uint64(tid), 10) + "/status")
+	if err != nil {
+		return false
+	}
+	_, line, _ := strings.Cut(string(b), "\nSigPnd:\t")
+	line, _, _ = strings.Cut(line, "\n")
+	pending, err := strconv.ParseUint(line, 16, 64)
+	return err == nil && pending&(1<<(syscall.SIGKILL-1)) != 0
 }
 
 func (c *copier) all(size int64) error {
@@ -113,9 +158,6 @@ func (c *copier) extent(off, end int64, skipZeros bool) error {
 		return c.readWrite(off, end, skipZeros)
 	}
 	for off < end {
-		if err := c.ctx.Err(); err != nil {
-			return err
-		}
 		n, err := sys.CopyRangeBare(c.to, off, c.in, off, int(min(end-off, copyChunk)))
 		switch err {
 		case nil:
@@ -131,6 +173,9 @@ func (c *copier) extent(off, end int64, skipZeros bool) error {
 			return c.readWrite(off, end, false)
 		}
 		off += int64(n)
+		if err := c.goOn(n); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -139,9 +184,6 @@ func (c *copier) readWrite(off, end int64, skipZeros bool) error {
 	p := copyBuffers.Get().(*[]byte)
 	defer copyBuffers.Put(p)
 	for off < end {
-		if err := c.ctx.Err(); err != nil {
-			return err
-		}
 		b := (*p)[:min(int64(len(*p)), end-off)]
 		n, err := sys.PreadBare(c.in, b, off)
 		if err != nil {
@@ -155,6 +197,9 @@ func (c *copier) readWrite(off, end int64, skipZeros bool) error {
 			return err
 		}
 		off += int64(n)
+		if err := c.goOn(n); err != nil {
+			return err
+		}
 	}
 	return nil
 }

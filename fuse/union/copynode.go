@@ -8,8 +8,10 @@ import (
 )
 
 // copyUp makes sure that a node is in the upper, its parents first, with its
-// data unless what says that they are not needed.
-func (fs *FS) copyUp(n *Node, what copyWhat) error {
+// data unless what says that they are not needed. It is the first change that a
+// call makes, and nobody sees it, so that it may end with EINTR when thread pid,
+// which waits for the call, is killed; 0: it may not.
+func (fs *FS) copyUp(pid uint32, n *Node, what copyWhat) error {
 	what = fs.needs(n, what)
 	if n.has(inUpper) {
 		if what == copyMeta || !n.has(isMetacopy) {
@@ -17,7 +19,7 @@ func (fs *FS) copyUp(n *Node, what copyWhat) error {
 		}
 		n.change.Lock()
 		defer n.change.Unlock()
-		return fs.fillIn(n)
+		return fs.fillIn(pid, n)
 	}
 	if err := fs.writable(); err != nil {
 		return err
@@ -26,7 +28,7 @@ func (fs *FS) copyUp(n *Node, what copyWhat) error {
 	parent := n.parent // of what is in a lower this does not change
 	n.mu.Unlock()
 	if n.isDir() || !n.has(isDead) {
-		if err := fs.copyUp(parent, copyMeta); err != nil {
+		if err := fs.copyUp(pid, parent, copyMeta); err != nil {
 			return err
 		}
 	}
@@ -34,12 +36,7 @@ func (fs *FS) copyUp(n *Node, what copyWhat) error {
 	defer parent.change.Unlock()
 	n.change.Lock()
 	defer n.change.Unlock()
-	return fs.copyUpLocked(parent, n, what)
-}
-
-// copyUpLocked is copyUp with the parent in the upper and both locked.
-func (fs *FS) copyUpLocked(parent, n *Node, what copyWhat) error {
-	return fs.copyUpAt(parent, n.name, n, what)
+	return fs.copyUpAt(pid, parent, n.name, n, what)
 }
 
 // needs is how much is copied of what could do with metadata alone.
@@ -50,12 +47,13 @@ func (fs *FS) needs(n *Node, what copyWhat) copyWhat {
 	return what
 }
 
-// copyUpAt copies n up at one of its names.
-func (fs *FS) copyUpAt(parent *Node, name string, n *Node, what copyWhat) error {
+// copyUpAt copies n up at one of its names. The parent is in the upper, and both
+// are locked.
+func (fs *FS) copyUpAt(pid uint32, parent *Node, name string, n *Node, what copyWhat) error {
 	what = fs.needs(n, what)
 	if n.has(inUpper) {
 		if what != copyMeta {
-			return fs.fillIn(n)
+			return fs.fillIn(pid, n)
 		}
 		return nil
 	}
@@ -64,7 +62,7 @@ func (fs *FS) copyUpAt(parent *Node, name string, n *Node, what copyWhat) error 
 		return err
 	}
 	defer done()
-	r := copyRequest{src: src, what: what, impure: parent.has(isImpure), shared: fs.needsIndex(&src.stat), nlink: src.stat.Nlink}
+	r := copyRequest{src: src, what: what, impure: parent.has(isImpure), shared: fs.needsIndex(&src.stat), nlink: src.stat.Nlink, waiter: pid}
 	if n.has(isDead) || parent.has(isDead) {
 		return fs.copyUpGone(n, &r)
 	}
@@ -227,7 +225,7 @@ func (fs *FS) copyUpGone(n *Node, r *copyRequest) error {
 }
 
 // fillIn gives a metacopy file in the upper its data; n.change is held.
-func (fs *FS) fillIn(n *Node) error {
+func (fs *FS) fillIn(pid uint32, n *Node) error {
 	if !n.has(isMetacopy) {
 		return nil
 	}
@@ -241,7 +239,7 @@ func (fs *FS) fillIn(n *Node) error {
 		return err
 	}
 	defer sys.CloseBare(fd)
-	if err := fs.upper.copyUpData(context.Background(), fd, data); err != nil {
+	if err := fs.upper.copyUpData(context.Background(), fd, data, pid); err != nil {
 		return err
 	}
 	n.clear(isMetacopy)

@@ -38,6 +38,7 @@ type copyRequest struct {
 	redirect string // becomes xattr redirect (a metacopy file that was moved); "": none
 	shared   bool   // goes by way of index (see index.go): Config.Index and the source has several links, or exportAll
 	nlink    uint32 // shared: how many links the union shows
+	waiter   uint32 // a thread: when it is killed the copying of data ends with EINTR; 0: none
 	noOrigin bool   // neither xattr origin nor an impure parent: for what is in no directory any more
 
 	// setStat replaces chown and chmod, where owner and mode are kept in another
@@ -222,7 +223,7 @@ func (u *upper) fillFile(ctx context.Context, r *copyRequest, at spot) error {
 	if from < 0 {
 		from = r.src.fd
 	}
-	if err := u.copyData(ctx, n, from, size, false); err != nil {
+	if err := u.copyData(ctx, n, from, size, dataOptions{waiter: r.waiter}); err != nil {
 		return err
 	}
 	return u.step("copy-up: data")
@@ -387,11 +388,11 @@ func openData(n int) (int, error) {
 }
 
 // copyUpData fills in the data of a metacopy file in upper: fd is O_PATH or better
-// of it, data of the file with the data; -1: it is emptied. Mode, capabilities and
+// of it, data of the file with the data; -1: it is emptied. waiter is as in copyRequest. Mode, capabilities and
 // times stay. Killed anywhere, it is a metacopy file still; but writing to a file
 // takes its capabilities away, so that one that is killed before they are put back
 // leaves it without, as the kernel's overlayfs does.
-func (u *upper) copyUpData(ctx context.Context, fd, data int) error {
+func (u *upper) copyUpData(ctx context.Context, fd, data int, waiter uint32) error {
 	var st sys.Stat
 	if err := sys.StatBare(fd, "", &st); err != nil {
 		return err
@@ -410,7 +411,7 @@ func (u *upper) copyUpData(ctx context.Context, fd, data int) error {
 	if data < 0 {
 		err = sys.FtruncateBare(n, 0)
 	} else if st.Size > 0 {
-		err = u.copyData(ctx, n, data, st.Size, st.Blocks > 0)
+		err = u.copyData(ctx, n, data, st.Size, dataOptions{used: st.Blocks > 0, waiter: waiter})
 	}
 	if err == nil {
 		err = u.step("copy-up: data")

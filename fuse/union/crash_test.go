@@ -96,7 +96,7 @@ func upperChanges() []upperChange {
 			return err
 		}
 		defer low.Close()
-		return u.copyUpData(context.Background(), up.Int(), low.Int())
+		return u.copyUpData(context.Background(), up.Int(), low.Int(), 0)
 	}}
 	all := []upperChange{copyUpChange("plain", nil), copyUpChange("plain", nil).with("without O_TMPFILE", noTmpfile), copyUpChange("symlink", nil),
 		copyUpChange("dir", nil), copyUpChange("suid", func(r *copyRequest) { r.what = copyMeta }), indexed, fillIn,

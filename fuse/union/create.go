@@ -130,7 +130,7 @@ func (fs *FS) mayMake(dir *Node, name string) error {
 			return orExist(err)
 		}
 	}
-	return fs.copyUp(dir, copyMeta)
+	return fs.copyUp(0, dir, copyMeta)
 }
 
 // made gives the Entry of what was just made at name below up.

@@ -42,7 +42,7 @@ func backing(flags uint32) int {
 
 // Open opens a regular file; for writing it is copied up, without its data if
 // flags have O_TRUNC. Special files are opened by the kernel itself.
-func (fs *FS) Open(n *Node, flags uint32) (*File, error) {
+func (fs *FS) Open(c Caller, n *Node, flags uint32) (*File, error) {
 	switch n.typ {
 	case sys.S_IFREG:
 	case sys.S_IFDIR:
@@ -64,7 +64,7 @@ func (fs *FS) Open(n *Node, flags uint32) (*File, error) {
 		if trunc {
 			what = copyNoData
 		}
-		if err := fs.copyUp(n, what); err != nil {
+		if err := fs.copyUp(c.PID, n, what); err != nil {
 			return nil, err
 		}
 	}

@@ -37,8 +37,8 @@ func (fs *FS) FileFlags(n *Node) (flags uint32, err error) {
 }
 
 // SetFileFlags sets the inode flags, copying the node up.
-func (fs *FS) SetFileFlags(n *Node, flags uint32) error {
-	return fs.changeReal(n, func(fd int) error {
+func (fs *FS) SetFileFlags(c Caller, n *Node, flags uint32) error {
+	return fs.changeReal(c, n, func(fd int) error {
 		if err := fs.setGuards(n, flags&flagAppend != 0, flags&flagImmutable != 0); err != nil {
 			return err
 		}
@@ -66,8 +66,8 @@ func (fs *FS) FSXattr(n *Node) (x sys.FSXattr, err error) {
 }
 
 // SetFSXattr sets that, copying the node up.
-func (fs *FS) SetFSXattr(n *Node, x sys.FSXattr) error {
-	return fs.changeReal(n, func(fd int) error {
+func (fs *FS) SetFSXattr(c Caller, n *Node, x sys.FSXattr) error {
+	return fs.changeReal(c, n, func(fd int) error {
 		if err := fs.setGuards(n, x.Xflags&xflagAppend != 0, x.Xflags&xflagImmutable != 0); err != nil {
 			return err
 		}
@@ -77,11 +77,11 @@ func (fs *FS) SetFSXattr(n *Node, x sys.FSXattr) error {
 }
 
 // changeReal calls f with a descriptor of the upper's object.
-func (fs *FS) changeReal(n *Node, f func(fd int) error) error {
+func (fs *FS) changeReal(c Caller, n *Node, f func(fd int) error) error {
 	if !n.isDir() && n.typ != sys.S_IFREG {
 		return syscall.ENOTTY
 	}
-	if err := fs.copyUp(n, copyMeta); err != nil {
+	if err := fs.copyUp(c.PID, n, copyMeta); err != nil {
 		return err
 	}
 	n.change.Lock()

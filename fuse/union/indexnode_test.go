@@ -190,7 +190,7 @@ func TestIndexedFileOutlivesItsNames(t *testing.T) {
 	c := layersFor(t, testenv.FS(t, "xfs"), 1, Config{Index: true}, linkedLowers(t))
 	u := openUnion(t, c)
 	must(t, u.walk("d/c", func(n *Node) error {
-		f, err := u.fs.Open(n, syscall.O_RDWR)
+		f, err := u.fs.Open(Caller{}, n, syscall.O_RDWR)
 		must(t, err)
 		defer f.Close()
 		must(t, u.write("a", 0, "WRITTEN"))

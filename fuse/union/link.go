@@ -7,7 +7,7 @@ import (
 )
 
 // Link makes name in dir another name of n.
-func (fs *FS) Link(n, dir *Node, name string) (Entry, error) {
+func (fs *FS) Link(c Caller, n, dir *Node, name string) (Entry, error) {
 	if n.isDir() {
 		return Entry{}, syscall.EPERM
 	}
@@ -17,7 +17,7 @@ func (fs *FS) Link(n, dir *Node, name string) (Entry, error) {
 	if err := fs.mayMake(dir, name); err != nil {
 		return Entry{}, err
 	}
-	if err := fs.copyUp(n, copyMeta); err != nil {
+	if err := fs.copyUp(c.PID, n, copyMeta); err != nil {
 		return Entry{}, err
 	}
 	e, _, err := fs.create(Caller{}, dir, name, &newObject{mode: n.typ, link: n})

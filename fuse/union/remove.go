@@ -36,7 +36,7 @@ func (fs *FS) removeName(dir *Node, name string, wantDir bool) error {
 		}
 		fs.release(v.node)
 		if err == nil {
-			err = fs.copyUp(dir, copyMeta)
+			err = fs.copyUp(0, dir, copyMeta)
 		}
 		if err != nil {
 			return err

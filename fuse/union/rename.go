@@ -58,7 +58,7 @@ func (fs *FS) Rename(c Caller, olddir *Node, oldname string, newdir *Node, newna
 		if n == nil {
 			return err
 		}
-		err = fs.copyUp(n, copyMeta)
+		err = fs.copyUp(c.PID, n, copyMeta)
 		fs.release(n)
 		if err != nil {
 			return err
@@ -72,10 +72,10 @@ func (m *move) prepare() error {
 	m.fs.release(m.src.node)
 	m.fs.release(m.dst.node)
 	if err == nil {
-		err = m.fs.copyUp(m.olddir, copyMeta)
+		err = m.fs.copyUp(0, m.olddir, copyMeta)
 	}
 	if err == nil {
-		err = m.fs.copyUp(m.newdir, copyMeta)
+		err = m.fs.copyUp(0, m.newdir, copyMeta)
 	}
 	return err
 }

@@ -270,7 +270,7 @@ func (u *unionSide) create(p, data string) error {
 }
 func (u *unionSide) open(p string, flags uint32, g func(f *File) error) error {
 	return u.walk(p, func(n *Node) error {
-		f, err := u.fs.Open(n, flags)
+		f, err := u.fs.Open(Caller{}, n, flags)
 		if err != nil {
 			return err
 		}
@@ -308,7 +308,7 @@ func (u *unionSide) link(old, p string) error {
 				u.fs.Forget(e.Node.ID(), 1)
 				return syscall.EEXIST
 			}
-			return u.drop(u.fs.Link(n, d, name))
+			return u.drop(u.fs.Link(Caller{}, n, d, name))
 		})
 	})
 }

@@ -117,7 +117,7 @@ func (fs *FS) Setxattr(c Caller, n *Node, attr string, value []byte, flags uint3
 			return err
 		}
 	}
-	if err := fs.copyUp(n, copyMeta); err != nil {
+	if err := fs.copyUp(c.PID, n, copyMeta); err != nil {
 		return err
 	}
 	n.change.Lock()
@@ -172,7 +172,7 @@ func (fs *FS) Removexattr(c Caller, n *Node, attr string) error {
 			return err
 		}
 	}
-	if err := fs.copyUp(n, copyMeta); err != nil {
+	if err := fs.copyUp(c.PID, n, copyMeta); err != nil {
 		return err
 	}
 	n.change.Lock()
