@@ -17,6 +17,7 @@ import (
 	"context"
 
 	"github.com/layerctl/layerctl/btrfs"
+	"github.com/layerctl/layerctl/devmapper"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/native"
 	"github.com/layerctl/layerctl/fuse"
@@ -24,13 +25,15 @@ import (
 	"github.com/layerctl/layerctl/snapshot"
 )
 
-// Drivers returns every driver there is, best first. The caller owns the list.
+// Drivers returns every driver there is, in the order in which they are tried where
+// none is named. The caller owns the list.
 func Drivers() *drivers.Registry {
 	return drivers.NewRegistry(
 		overlay.Factory(),
 		btrfs.Factory(),
 		fuse.Factory(),
 		native.Factory(),
+		devmapper.Factory(), // behind one that always works: only who asks for it by name gets it
 	)
 }
 

@@ -219,6 +219,9 @@ type Capabilities struct {
 
 	UsageBytes  bool // Usage.Bytes is never -1
 	UsageInodes bool // Usage.Inodes is never -1
+	// UsageBlocks: Usage.Bytes counts blocks of a device, those of a file system's
+	// journal and tables too, in larger pieces than files have.
+	UsageBlocks bool
 
 	// MaxParents bounds the chain that package mount can mount; ExternalParents
 	// the chain that others can (MountOptions.External). 0 means no limit.

@@ -2,8 +2,10 @@ package thin
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"syscall"
 	"time"
 
@@ -15,7 +17,28 @@ import (
 
 // Change is what may be done to a pool while nobody else does: see Exclusive. It
 // is valid until that returns.
-type Change struct{ pool *Pool }
+type Change struct {
+	pool *Pool
+	lock *sys.Fd
+}
+
+// Claim tells other processes, before ids are given out, that they are, and reports
+// whether none has said so since our last: then what we know of the ids in use still
+// holds. It is not kept over a reboot.
+func (c *Change) Claim() (alone bool, err error) {
+	var b [8]byte
+	if _, err := c.lock.ReadAt(b[:], 0); err != nil && !errors.Is(err, io.EOF) {
+		return false, err
+	}
+	n := binary.LittleEndian.Uint64(b[:])
+	alone = n != 0 && n == c.pool.claim
+	binary.LittleEndian.PutUint64(b[:], n+1)
+	if _, err := c.lock.WriteAt(b[:], 0); err != nil {
+		return false, err
+	}
+	c.pool.claim = n + 1
+	return alone, nil
+}
 
 // MaxID is the largest id of a thin device.
 const MaxID = 1<<24 - 1
@@ -82,7 +105,8 @@ type Volume struct {
 // Node is the path of a device's node.
 func Node(name string) string { return "/dev/mapper/" + name }
 
-// Activate makes v's device if it is not there. Idempotent.
+// Activate makes v's device if it is not there. Idempotent. One that is suspended
+// stays so.
 func (c *Change) Activate(ctx context.Context, v Volume) error {
 	p := c.pool
 	i, err := p.ctl.Info(v.Name)
@@ -95,7 +119,7 @@ func (c *Change) Activate(ctx context.Context, v Volume) error {
 	if !i.ActiveTable {
 		err = p.loadThin(v)
 	}
-	if err == nil && (!i.ActiveTable || i.Suspended) {
+	if err == nil && !i.ActiveTable {
 		err = p.resume(ctx, v.Name)
 	}
 	if err != nil {
@@ -159,11 +183,12 @@ func (p *Pool) resume(ctx context.Context, name string) error {
 }
 
 // Suspend stops writes to the device: what was written is in the pool, and the
-// file system on it is frozen, as if it were unmounted.
-func (c *Change) Suspend(name string) error { return c.pool.ctl.Suspend(name, dm.SuspendOptions{}) }
+// file system on it is frozen, as if it were unmounted. It waits for what is being
+// written.
+func (p *Pool) Suspend(name string) error { return p.ctl.Suspend(name, dm.SuspendOptions{}) }
 
 // Resume lets a suspended device go on.
-func (c *Change) Resume(ctx context.Context, name string) error { return c.pool.resume(ctx, name) }
+func (p *Pool) Resume(ctx context.Context, name string) error { return p.resume(ctx, name) }
 
 // Deactivate removes a device; ErrFailedPrecondition while somebody has it open.
 // It is no error if there is none.
@@ -209,7 +234,7 @@ func (p *Pool) Usage(name string) (Usage, error) {
 // Ready reports whether a device can be used as it is.
 func (p *Pool) Ready(name string) bool {
 	i, err := p.ctl.Info(name)
-	if err != nil || !i.ActiveTable || i.Suspended || i.DeferredRemove {
+	if err != nil || !i.ActiveTable || i.DeferredRemove {
 		return false
 	}
 	st, err := sys.StatPath(Node(name))

@@ -116,9 +116,9 @@ func TestPoolOnFilesLivesItsWholeLife(t *testing.T) {
 	b.check(b.write(a, 0, 'a', 4096))
 	snap := Volume{Name: p.Prefix() + "snap", ID: 1, Sectors: a.Sectors, ReadOnly: true}
 	b.change(p, func(c *Change) error {
-		b.check(c.Suspend(a.Name))
+		b.check(p.Suspend(a.Name))
 		b.check(c.CreateSnap(1, 0))
-		b.check(c.Resume(t.Context(), a.Name))
+		b.check(p.Resume(t.Context(), a.Name))
 		b.check(c.SetTransaction(0, 5))
 		return c.Activate(t.Context(), snap)
 	})
@@ -296,7 +296,13 @@ func TestFullMetadataSaysSo(t *testing.T) {
 
 func TestMetadataSnapshot(t *testing.T) {
 	b := newBench(t)
-	p := b.open(b.fileSystem(128*mib), Options{})
+	for _, o := range []Options{{}, {Data: b.loop(64 * mib), Metadata: b.loop(4 * mib)}} {
+		b.snapshots(b.open(b.fileSystem(128*mib), o))
+	}
+}
+
+func (b *bench) snapshots(p *Pool) {
+	t := b.T
 	s, err := p.Snapshot(t.Context())
 	b.check(err)
 	if s.Root == 0 || b.status(p).HeldRoot != s.Root {
@@ -320,6 +326,12 @@ func TestMetadataSnapshot(t *testing.T) {
 		}
 	}
 	message("reserve_metadata_snap")
+	if p.OnFiles() { // nobody else has to do with those
+		s, err := p.Snapshot(t.Context())
+		b.check(err)
+		b.check(s.Release())
+		return
+	}
 	if _, err := p.Snapshot(t.Context()); !errdefs.IsUnavailable(err) {
 		t.Errorf("another program's: %v", err)
 	}
@@ -388,6 +400,7 @@ func TestDevicesChangedBehindOurBack(t *testing.T) {
 	b.wantByte(v, 0, 'a')
 	do("suspend", v.Name)
 	b.check(p.Activate(t.Context(), v))
+	b.check(p.Resume(t.Context(), v.Name))
 	b.wantByte(v, 0, 'a')
 	do("remove", "--noudevsync", v.Name)
 	do("create", "--notable", "--noudevsync", v.Name)

@@ -95,6 +95,7 @@ type Pool struct {
 	rec  record // immutable after Open
 
 	mu    sync.Mutex // one Exclusive at a time in this process
+	claim uint64     // guarded by mu: the number of our last Claim
 	users *sys.Lock
 
 	stop    context.CancelFunc
@@ -146,7 +147,7 @@ func (p *Pool) open(ctx context.Context, o Options) (err error) {
 // noThin adds to an error of the control device what is needed of the kernel.
 func noThin(err error) error {
 	if errdefs.IsNotImplemented(err) {
-		return fmt.Errorf("needs a kernel with CONFIG_BLK_DEV_DM and CONFIG_DM_THIN_PROVISIONING: %w", err)
+		return fmt.Errorf("needs CONFIG_DM_THIN_PROVISIONING: %w", err)
 	}
 	return err
 }
@@ -315,7 +316,7 @@ func (p *Pool) Exclusive(ctx context.Context, f func(c *Change) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	return f(&Change{p})
+	return f(&Change{p, lock.Fd()})
 }
 
 var errBusy = fmt.Errorf("somebody has it open: %w", errdefs.ErrFailedPrecondition)

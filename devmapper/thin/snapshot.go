@@ -55,21 +55,15 @@ func (s *Snapshot) take(c *Change) error {
 	if err != nil {
 		return err
 	}
-	var note snapshotNote
-	err = ReadJSON(s.pool.root, snapshotFile, &note)
-	if err != nil && !errors.Is(err, syscall.ENOENT) && !errdefs.IsDataLoss(err) {
-		return err
-	}
-	switch {
-	case st.HeldRoot == 0:
-	case note.Taking || note.Root == st.HeldRoot:
+	if st.HeldRoot != 0 {
+		if err := s.pool.ours(st.HeldRoot); err != nil {
+			return err
+		}
 		if err := c.message("release_metadata_snap"); err != nil {
 			return err
 		}
-	default:
-		return fmt.Errorf("another program has one, at block %d: %w", st.HeldRoot, errdefs.ErrUnavailable)
 	}
-	if err := WriteJSON(s.pool.root, snapshotFile, snapshotNote{Taking: true}); err != nil {
+	if err := s.note(snapshotNote{Taking: true}); err != nil {
 		return err
 	}
 	if err := c.message("reserve_metadata_snap"); err != nil {
@@ -79,7 +73,31 @@ func (s *Snapshot) take(c *Change) error {
 		return err
 	}
 	s.Root = st.HeldRoot
-	return WriteJSON(s.pool.root, snapshotFile, snapshotNote{Root: s.Root})
+	return s.note(snapshotNote{Root: s.Root})
+}
+
+// ours refuses a held root that another program has. Of files there is none.
+func (p *Pool) ours(root uint64) error {
+	if p.rec.onFiles() {
+		return nil
+	}
+	var note snapshotNote
+	err := ReadJSON(p.root, snapshotFile, &note)
+	if err != nil && !errors.Is(err, syscall.ENOENT) && !errdefs.IsDataLoss(err) {
+		return err
+	}
+	if !note.Taking && note.Root != root {
+		return fmt.Errorf("another program has one, at block %d: %w", root, errdefs.ErrUnavailable)
+	}
+	return nil
+}
+
+// note writes down whose the snapshot of a pool on devices is.
+func (s *Snapshot) note(n snapshotNote) error {
+	if s.pool.rec.onFiles() {
+		return nil
+	}
+	return WriteJSON(s.pool.root, snapshotFile, n)
 }
 
 // Release gives the snapshot back.
@@ -89,7 +107,7 @@ func (s *Snapshot) Release() error {
 		if err := c.message("release_metadata_snap"); err != nil {
 			return err
 		}
-		return s.pool.root.Unlink(snapshotFile, 0)
+		return s.note(snapshotNote{})
 	})
 	if err != nil {
 		return fmt.Errorf("metadata snapshot: %w", err)

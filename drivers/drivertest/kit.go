@@ -72,9 +72,8 @@ func (k *kit) clean() {
 	for len(k.mounts) > 0 {
 		k.umount(k.mounts[len(k.mounts)-1])
 	}
-	ctx := context.WithoutCancel(k.ctx)
 	for _, id := range slices.Backward(k.ids()) {
-		if err := k.driver.Remove(ctx, id); err != nil {
+		if err := k.removeSoon(id); err != nil {
 			k.Errorf("after the case: remove %s: %v", id, err)
 		}
 	}

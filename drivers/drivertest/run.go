@@ -22,6 +22,9 @@ type Config struct {
 	FS []string
 	// RootOnly leaves the unprivileged run out: the driver cannot do without root.
 	RootOnly bool
+	// Flushes says that what a volatile commit need not flush is flushed by something
+	// else: the power cuts that it would have to lose are shown by other drivers.
+	Flushes bool
 	// Must lists the capabilities, by their field's name in drivers.Capabilities,
 	// that the driver has to have as root: "Diff", "Rebase", or only on some file
 	// systems, "Quota:ext4,xfs".

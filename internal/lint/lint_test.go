@@ -45,6 +45,7 @@ var level = map[string]int{
 	"drivers/upper":           4,
 	"overlay":                 5, // above drivers/upper, which it has in common with other union drivers
 	"btrfs":                   4,
+	"devmapper":               4,
 	"btrfs/ioctl":             2,
 	"btrfs/send":              1,
 	"fuse":                    5, // the driver; it starts the server as a program, and imports neither server nor union
@@ -325,7 +326,7 @@ var heavy = []string{"google.golang.org/grpc", "go.etcd.io/bbolt", "github.com/h
 // TestDriversAreLight: an engine that imports a driver gets no service, no
 // database, no FUSE and no image library with it.
 func TestDriversAreLight(t *testing.T) {
-	for _, folder := range []string{"drivers", "drivers/native", "drivers/upper", "overlay", "fuse", "btrfs", "layer", "mount"} {
+	for _, folder := range []string{"drivers", "drivers/native", "drivers/upper", "overlay", "fuse", "btrfs", "devmapper", "layer", "mount"} {
 		for _, dep := range deps(t, module+"/"+folder) {
 			for _, h := range heavy {
 				if strings.HasPrefix(dep, h) {

@@ -1,0 +1,236 @@
+package devmapper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/devmapper/thin"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/mount"
+)
+
+// Create takes a snapshot of the nearest parent's device, or of the template. A view
+// shows its parent's, and costs a record.
+func (d *driver) Create(ctx context.Context, r drivers.Ref, o drivers.CreateOptions) error {
+	return d.wrap("create", r.ID, d.create(ctx, r, o))
+}
+
+func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOptions) error {
+	l, origin, err := d.planCreate(r, o)
+	if err != nil {
+		return err
+	}
+	if l.Shared {
+		if err := d.refuseExisting(r.ID); err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		l.Thin = origin
+		return d.write(layersDir, r.ID, l)
+	}
+	made := false // from then on there is something to clean up
+	err = d.pool.Exclusive(ctx, func(c *thin.Change) error {
+		if err := d.refuseExisting(r.ID); err != nil {
+			return err
+		}
+		made = true
+		return d.snapshot(ctx, c, r.ID, l, origin)
+	})
+	if err == nil && len(r.Parents) == 0 && o.RootOwner != nil && *o.RootOwner != (drivers.Owner{}) {
+		err = d.setRootOwner(ctx, l, *o.RootOwner)
+	}
+	if err == nil {
+		err = drivers.Step(ctx, "devmapper: create: transaction set")
+	}
+	if err == nil {
+		err = d.move(r.ID, newDir, layersDir, false) // a cut may lose the layer whole
+	}
+	if err != nil && made { // what this cannot delete Remove can
+		_ = d.destroy(context.WithoutCancel(ctx), newDir, r.ID)
+	}
+	return err
+}
+
+// planCreate checks what is asked for and returns the record, and the device to take
+// a snapshot of.
+func (d *driver) planCreate(r drivers.Ref, o drivers.CreateOptions) (*record, uint32, error) {
+	switch {
+	case r.ID == 0:
+		return nil, 0, fmt.Errorf("0 is not a layer: %w", errdefs.ErrInvalidArgument)
+	case o.Quota != 0:
+		return nil, 0, fmt.Errorf("layers here have %d bytes each, the driver's option size, and no quota of their own: %w", d.template.Bytes, errdefs.ErrInvalidArgument)
+	case !o.IDMap.IsZero() && !d.caps.IDMap:
+		return nil, 0, fmt.Errorf("no id-mapped mounts of %s here: %w", d.template.FS, errdefs.ErrInvalidArgument)
+	}
+	l := &record{Kind: writable, Sectors: d.template.sectors(), FS: d.template.FS, UUID: d.template.UUID, Parents: idStrings(r.Parents)}
+	if !o.IDMap.IsZero() {
+		l.IDMap = &o.IDMap
+	}
+	owner := len(r.Parents) == 0 && o.RootOwner != nil && *o.RootOwner != (drivers.Owner{})
+	if o.ReadOnly {
+		l.Kind, l.Shared = view, !owner
+	}
+	if len(r.Parents) == 0 {
+		return l, d.template.Thin, nil
+	}
+	p, err := d.parent(r)
+	if err != nil {
+		return nil, 0, err
+	}
+	l.Sectors = p.Sectors
+	return l, p.Thin, nil
+}
+
+// parent is the record of the nearest parent.
+func (d *driver) parent(r drivers.Ref) (*record, error) {
+	p, err := d.layer(r.Parents[0])
+	if err != nil {
+		return nil, fmt.Errorf("parent %s: %w", r.Parents[0], err)
+	}
+	if p.Kind != committed {
+		return nil, fmt.Errorf("parent %s is %s, not committed: %w", r.Parents[0], p.Kind, errdefs.ErrFailedPrecondition)
+	}
+	return p, nil
+}
+
+// refuseExisting refuses an ID that is there, in whatever state.
+func (d *driver) refuseExisting(id drivers.ID) error {
+	for _, name := range []string{layersDir, newDir, deletedDir} {
+		there, err := d.exists(name, id)
+		if err != nil {
+			return err
+		}
+		if there {
+			return fmt.Errorf("is in %s: %w", name, errdefs.ErrAlreadyExists)
+		}
+	}
+	return nil
+}
+
+// snapshot records the layer in new, takes the snapshot and sets the pool's
+// transaction.
+func (d *driver) snapshot(ctx context.Context, c *thin.Change, id drivers.ID, l *record, origin uint32) error {
+	s, err := d.pool.Status()
+	if err != nil {
+		return err
+	}
+	l.Tx = s.Transaction + 1
+	err = d.takeID(c, func(thinID uint32) error {
+		l.Thin = thinID
+		if err := d.write(newDir, id, l); err != nil {
+			return err
+		}
+		if err := drivers.Step(ctx, "devmapper: create: recorded"); err != nil {
+			return err
+		}
+		return c.CreateSnap(thinID, origin)
+	})
+	if err != nil {
+		return err
+	}
+	if err := drivers.Step(ctx, "devmapper: create: snapshot made"); err != nil {
+		return err
+	}
+	if err := c.SetTransaction(s.Transaction, l.Tx); err != nil {
+		return err
+	}
+	d.reached(l.Tx)
+	return nil
+}
+
+// setRootOwner gives an empty layer's root its owner: the one case in which Create
+// mounts.
+func (d *driver) setRootOwner(ctx context.Context, l *record, owner drivers.Owner) error {
+	v := d.private(l.Thin, false)
+	return d.shown(ctx, v, func() error {
+		t, err := mount.Detached(ctx, []mount.Mount{d.template.mount(v, drivers.MountOptions{})})
+		if err != nil {
+			return err
+		}
+		root, err := sys.OpenDir(t.Path())
+		if err == nil {
+			err = emptyRoot(root, owner)
+			root.Close()
+		}
+		return errors.Join(err, t.Close())
+	})
+}
+
+// destroy deletes the thin device of a record in new or del, and the record.
+func (d *driver) destroy(ctx context.Context, name string, id drivers.ID) error {
+	l, err := d.read(name, id)
+	if errors.Is(err, syscall.ENOENT) {
+		return nil
+	}
+	if err != nil && !errdefs.IsDataLoss(err) {
+		return err
+	}
+	return d.pool.Exclusive(ctx, func(c *thin.Change) error {
+		if l != nil && !l.Shared {
+			if err := d.deleteThin(c, id, l); err != nil {
+				return err
+			}
+		}
+		if err := drivers.Step(ctx, "devmapper: remove: thin device deleted"); err != nil {
+			return err
+		}
+		dir, err := d.open(name)
+		if err != nil {
+			return err
+		}
+		defer dir.Close()
+		if err := dir.Unlink(id.String(), 0); err != nil && !errors.Is(err, syscall.ENOENT) {
+			return err
+		}
+		if err := dir.Sync(); err != nil { // before the thin id may be another's
+			return err
+		}
+		if l != nil && !l.Shared {
+			delete(d.used, l.Thin)
+		}
+		return d.sweepTemps(c)
+	})
+}
+
+// deleteThin deletes a layer's thin device. A pool that has not reached the layer's
+// transaction may have the id for another.
+func (d *driver) deleteThin(c *thin.Change, id drivers.ID, l *record) error {
+	s, err := d.pool.Status()
+	if err != nil {
+		return err
+	}
+	if l.Tx > s.Transaction {
+		others, err := d.othersWith(l.Thin, id)
+		if err != nil || others {
+			return err
+		}
+	}
+	return c.Delete(l.Thin)
+}
+
+// othersWith reports whether another layer has a thin id.
+func (d *driver) othersWith(thinID uint32, but drivers.ID) (bool, error) {
+	for _, name := range []string{layersDir, newDir, deletedDir} {
+		names, err := d.names(context.Background(), name)
+		if err != nil {
+			return false, err
+		}
+		for _, n := range names {
+			id, ok := drivers.ParseID(n)
+			if !ok || id == but {
+				continue
+			}
+			if r, err := d.read(name, id); err == nil && r.Thin == thinID {
+				return true, nil
+			}
+		}
+	}
+	return d.template.Thin == thinID, nil
+}

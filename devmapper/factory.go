@@ -1,0 +1,288 @@
+package devmapper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/devmapper/thin"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/kprobe"
+	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/mount"
+)
+
+// Factory makes devmapper drivers.
+func Factory() drivers.Factory {
+	return drivers.Factory{
+		Name:    Name,
+		Summary: "thin devices of a device-mapper pool: a layer is a snapshot of its parent's block device",
+		Options: optionTable,
+		Probe:   Probe,
+		Open:    Open,
+	}
+}
+
+var optionTable = []drivers.Option{
+	{Name: "size", Default: "10GiB", Help: "of each layer's file system: what its tree can hold. For a new pool"},
+	{Name: "data", Help: "block device for data; with metadata. Without them the pool is on sparse files in the driver's directory, which grow: " +
+		"easy, and slower than devices. For a new pool"},
+	{Name: "metadata", Help: "block device for the pool's metadata"},
+	{Name: "data-size", Default: "10GiB, or nine tenths of what is free", Help: "first size of the data file"},
+	{Name: "block", Default: "64KiB", Help: "the pool's unit: what a snapshot copies at the first write to it. For a new pool"},
+	{Name: "full", Default: "queue for files, error for devices", Help: "a write when the pool has no space: queue (wait up to 60 s for more) or error (ENOSPC)"},
+}
+
+// options are a driver's, understood.
+type options struct {
+	size int64
+	pool thin.Options
+}
+
+const defaultSize = 10 << 30
+
+func parseOptions(m map[string]string) (options, error) {
+	o := options{}
+	if err := drivers.CheckOptions(optionTable, m); err != nil {
+		return o, err
+	}
+	o.pool.Data, o.pool.Metadata, o.pool.Full = m["data"], m["metadata"], thin.Policy(m["full"])
+	for name, to := range map[string]*int64{"size": &o.size, "data-size": &o.pool.DataBytes, "block": &o.pool.BlockBytes} {
+		if m[name] == "" {
+			continue
+		}
+		n, err := parseBytes(m[name])
+		if err != nil {
+			return o, fmt.Errorf("option %s=%s: %w", name, m[name], err)
+		}
+		*to = n
+	}
+	const least, most = 16 << 20, 16 << 40
+	if o.size != 0 && (o.size < least || o.size > most) {
+		return o, fmt.Errorf("option size=%d: a file system has 16 MiB to 16 TiB: %w", o.size, errdefs.ErrInvalidArgument)
+	}
+	return o, nil
+}
+
+// parseBytes reads a number of bytes, or one with KiB, MiB, GiB, TiB behind it.
+func parseBytes(s string) (int64, error) {
+	number, shift := s, 0
+	for i, unit := range []string{"KiB", "MiB", "GiB", "TiB"} {
+		if n, ok := strings.CutSuffix(s, unit); ok {
+			number, shift = n, 10*(i+1)
+		}
+	}
+	n, err := strconv.ParseInt(number, 10, 64)
+	if err != nil || n <= 0 || n > 1<<(62-shift) {
+		return 0, fmt.Errorf("is no size like 512MiB or 10GiB: %w", errdefs.ErrInvalidArgument)
+	}
+	return n << shift, nil
+}
+
+// agree refuses another size than the template has, and fills in what none gave.
+func (o *options) agree(t *template) error {
+	if t.Bytes == 0 || t.FS != "ext4" {
+		return fmt.Errorf("%s: file system %q of %d bytes: %w", templateFile, t.FS, t.Bytes, errdefs.ErrDataLoss)
+	}
+	if o.size != 0 && o.size != t.Bytes {
+		return fmt.Errorf("layers here have %d bytes, not %d: the size is chosen when a pool is made: %w", t.Bytes, o.size, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+// Probe asks the kernel and looks for mke2fs; it makes no pool.
+func Probe(_ context.Context, dir string) drivers.Probe {
+	if _, err := os.Stat(dir); err != nil {
+		return drivers.Probe{Works: kprobe.Unknown, Reason: err.Error()}
+	}
+	features := []kprobe.Result{
+		kept("thin-pool", thin.Probe()),
+		kept("loop device", tryLoop()),
+		kept(mkfsTool, func() error { _, err := mke2fs(); return err }()),
+	}
+	p := drivers.Probe{Works: kprobe.Yes, Features: features, Reason: "thin pool on sparse files, or on devices by options; never the default: ask for it by name"}
+	for _, f := range features {
+		if f.Answer != kprobe.Yes {
+			return drivers.Probe{Works: kprobe.No, Reason: f.Detail, Features: features}
+		}
+	}
+	return p
+}
+
+func kept(feature string, err error) kprobe.Result {
+	if err == nil {
+		return kprobe.Result{Feature: feature, Answer: kprobe.Yes}
+	}
+	return kprobe.Result{Feature: feature, Answer: kprobe.No, Detail: err.Error(), Err: err}
+}
+
+func tryLoop() error {
+	f, err := sys.Open("/dev/loop-control", sys.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// Open opens or makes the pool at c.Root.
+func Open(ctx context.Context, c drivers.Config) (drivers.Driver, error) {
+	d, err := open(ctx, c)
+	if err != nil {
+		return nil, fmt.Errorf("devmapper: open %s: %w", c.Root, err)
+	}
+	return d, nil
+}
+
+func open(ctx context.Context, c drivers.Config) (d *driver, err error) {
+	o, err := parseOptions(c.Options)
+	if err != nil {
+		return nil, err
+	}
+	if err := thin.Probe(); err != nil { // before there is a directory
+		return nil, err
+	}
+	root, err := makeRoot(c.Root)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := sys.OpenDir(root)
+	if err != nil {
+		return nil, err
+	}
+	pool, err := thin.Open(ctx, root, o.pool)
+	if err != nil {
+		dir.Close()
+		return nil, err
+	}
+	d = &driver{root: root, dir: dir, pool: pool}
+	if err := d.start(ctx, o); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+func (d *driver) start(ctx context.Context, o options) error {
+	if err := d.openTemplate(ctx, o.withDefaults()); err != nil {
+		return err
+	}
+	if err := d.pool.Exclusive(ctx, d.recover); err != nil {
+		return err
+	}
+	idMap, err := d.tryTemplate(ctx)
+	if err != nil {
+		return err
+	}
+	d.caps = drivers.Capabilities{Driver: Name, Diff: true, Apply: true, IDMap: idMap, UsageBytes: true, UsageBlocks: true}
+	return nil
+}
+
+func (o options) withDefaults() options {
+	if o.size == 0 {
+		o.size = defaultSize
+	}
+	return o
+}
+
+// recover resumes what a process left suspended, and deletes what it left in tmp.
+func (d *driver) recover(c *thin.Change) error {
+	names, err := d.pool.Devices()
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if i, err := d.pool.Info(name); err != nil || !i.Suspended || !i.ActiveTable {
+			continue
+		}
+		if err := d.resumeIfLeft(name); err != nil {
+			return err
+		}
+	}
+	return d.sweepTemps(c)
+}
+
+// resumeIfLeft resumes a layer's device unless somebody alive has suspended it.
+func (d *driver) resumeIfLeft(name string) error {
+	id, ok := d.layerOf(name)
+	if !ok {
+		return nil
+	}
+	f, err := sys.Open(d.root+"/"+layersDir+"/"+id.String(), sys.O_RDONLY|sys.O_NOFOLLOW, 0)
+	if errors.Is(err, syscall.ENOENT) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	lock, err := f.TryLock(sys.LockExclusive)
+	if sys.IsLocked(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	return d.resumeLeft(context.Background(), name)
+}
+
+// tryTemplate mounts the template, attached nowhere: so the kernel shows that it has
+// the file system, and whether it maps ids.
+func (d *driver) tryTemplate(ctx context.Context) (idMap bool, err error) {
+	one := []drivers.IDRange{{ContainerID: 0, HostID: 100000, Size: 1}}
+	v := d.private(d.template.Thin, true)
+	err = d.shown(ctx, v, func() error {
+		for _, o := range []drivers.MountOptions{{IDMap: drivers.IDMap{UIDs: one, GIDs: one}}, {}} {
+			t, err := mount.Detached(ctx, []mount.Mount{d.template.mount(v, o)})
+			if err == nil {
+				idMap = !o.IDMap.IsZero()
+				return t.Close()
+			}
+			if o.IDMap.IsZero() {
+				return err
+			}
+		}
+		return nil
+	})
+	return idMap, err
+}
+
+// makeRoot makes what is missing of the root's directories and returns the root
+// without symlinks.
+func makeRoot(path string) (string, error) {
+	if err := makeDir(path); err != nil {
+		return "", err
+	}
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return "", err
+	}
+	root, err := filepath.EvalSymlinks(abs)
+	if err != nil {
+		return "", err
+	}
+	for _, name := range []string{layersDir, newDir, deletedDir, tempDir} {
+		if err := makeDir(filepath.Join(root, name)); err != nil {
+			return "", err
+		}
+	}
+	f, err := sys.OpenDir(root)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	return root, f.Sync()
+}
+
+func makeDir(path string) error {
+	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, syscall.EEXIST) {
+		return err
+	}
+	return nil
+}

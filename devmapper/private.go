@@ -1,0 +1,178 @@
+package devmapper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/devmapper/thin"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// private is a device of our own on a thin device that may be shown elsewhere, too: its
+// name is no layer's, and nobody else takes it away.
+func (d *driver) private(id uint32, readOnly bool) thin.Volume {
+	name := fmt.Sprintf("%s.%d-%d", d.deviceName(0, id), os.Getpid(), d.temps.Add(1))
+	return thin.Volume{Name: name, ID: id, Sectors: d.template.sectors(), ReadOnly: readOnly}
+}
+
+// shown calls f while a private device is there.
+func (d *driver) shown(ctx context.Context, v thin.Volume, f func() error) error {
+	if err := d.pool.Exclusive(ctx, func(c *thin.Change) error { return c.Activate(ctx, v) }); err != nil {
+		return err
+	}
+	err := f()
+	// What was mounted in f is closed; the kernel may take a moment.
+	dropErr := d.pool.Release(context.WithoutCancel(ctx), v.Name, time.Minute)
+	if err == nil {
+		err = dropErr
+	}
+	return err
+}
+
+// temp is an id of the pool that is no layer's yet, locked for its owner's life.
+type temp struct {
+	id   uint32
+	lock *sys.Lock
+}
+
+func (d *driver) tempPath(id uint32) string {
+	return d.root + "/" + tempDir + "/" + strconv.FormatUint(uint64(id), 10)
+}
+
+// reserve writes a free id down in tmp, durably, and calls make, which makes the thin
+// device.
+func (d *driver) reserve(c *thin.Change, make func(id uint32) error) (t temp, err error) {
+	err = d.takeID(c, func(id uint32) error {
+		lock, err := sys.LockFile(d.tempPath(id), sys.LockExclusive)
+		if err != nil {
+			return err
+		}
+		if err = d.syncTemps(); err == nil {
+			err = make(id)
+		}
+		if err != nil {
+			_ = os.Remove(d.tempPath(id))
+			lock.Close()
+			return err
+		}
+		t = temp{id, lock}
+		return nil
+	})
+	return t, err
+}
+
+func (d *driver) syncTemps() error {
+	dir, err := d.open(tempDir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}
+
+// forget ends a reservation: the id is a layer's now.
+func (d *driver) forget(t temp) {
+	_ = os.Remove(d.tempPath(t.id)) // what stays is swept: a layer has the id
+	t.lock.Close()
+}
+
+// trash writes an id down in tmp that is to be deleted.
+func (d *driver) trash(id uint32) error {
+	f, err := sys.Open(d.tempPath(id), sys.O_RDWR|sys.O_CREAT, 0o600)
+	if err != nil {
+		return err
+	}
+	f.Close()
+	return d.syncTemps()
+}
+
+// drop deletes a reserved id.
+func (d *driver) drop(c *thin.Change, t temp) error {
+	defer t.lock.Close()
+	return d.deleteTemp(c, t.id)
+}
+
+func (d *driver) deleteTemp(c *thin.Change, id uint32) error {
+	if err := c.Delete(id); err != nil {
+		return err
+	}
+	if err := os.Remove(d.tempPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := d.syncTemps(); err != nil { // before the id may be another's
+		return err
+	}
+	delete(d.used, id)
+	return nil
+}
+
+// sweepTemps deletes what stands in tmp, belongs to nobody alive and is no layer's. What
+// is still open stays for the next time.
+func (d *driver) sweepTemps(c *thin.Change) error {
+	names, err := d.names(context.Background(), tempDir)
+	if err != nil || len(names) == 0 {
+		return err
+	}
+	layers, err := d.layerThins()
+	if errdefs.IsDataLoss(err) {
+		return nil // which ids are layers' cannot be told
+	}
+	if err != nil {
+		return err
+	}
+	for _, n := range names {
+		id64, err := strconv.ParseUint(n, 10, 24)
+		id := uint32(id64)
+		if err != nil {
+			continue
+		}
+		lock, err := sys.LockFile(d.tempPath(id), sys.LockExclusive)
+		if err != nil {
+			continue // somebody is at work
+		}
+		if layers[id] {
+			err = os.Remove(d.tempPath(id))
+		} else {
+			err = d.deleteTemp(c, id)
+		}
+		lock.Close()
+		if err != nil && !errdefs.IsFailedPrecondition(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// layerThins are the ids that layers have, and the template.
+func (d *driver) layerThins() (map[uint32]bool, error) {
+	ids := map[uint32]bool{d.template.Thin: true}
+	for _, name := range []string{layersDir, newDir, deletedDir} {
+		names, err := d.names(context.Background(), name)
+		if err != nil {
+			return nil, err
+		}
+		for _, n := range names {
+			id, ok := drivers.ParseID(n)
+			if !ok {
+				continue
+			}
+			r, err := d.read(name, id)
+			if errors.Is(err, syscall.ENOENT) {
+				continue
+			}
+			if err != nil {
+				return nil, err
+			}
+			ids[r.Thin] = true
+		}
+	}
+	return ids, nil
+}

@@ -1,0 +1,90 @@
+package devmapper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/devmapper/thin"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// Remove takes the layer's devices away, renames its record, so that no half-removed
+// layer is ever seen as a layer, and deletes the thin device.
+func (d *driver) Remove(ctx context.Context, id drivers.ID) error {
+	return d.wrap("remove", id, d.remove(ctx, id))
+}
+
+func (d *driver) remove(ctx context.Context, id drivers.ID) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := d.releaseAll(ctx, id); err != nil {
+		return err
+	}
+	err := d.move(id, layersDir, deletedDir, true)
+	if err != nil && !errors.Is(err, syscall.ENOENT) {
+		return err
+	}
+	if err := drivers.Step(ctx, "devmapper: remove: renamed"); err != nil {
+		return err
+	}
+	if err := d.destroy(ctx, newDir, id); err != nil {
+		return err
+	}
+	if l, err := d.read(deletedDir, id); err == nil && !l.Shared && d.pool.OnFiles() {
+		d.discard(ctx, l)
+	}
+	return d.destroy(ctx, deletedDir, id)
+}
+
+// releaseAll takes away every device of a layer. One that is open is waited for a
+// moment, without a lock, unless our mount namespace says why.
+func (d *driver) releaseAll(ctx context.Context, id drivers.ID) error {
+	names, err := d.pool.Devices()
+	if err != nil {
+		return err
+	}
+	end := time.Now().Add(patience)
+	for _, name := range names {
+		if !strings.HasPrefix(name, d.pool.Prefix()+id.String()+".") {
+			continue
+		}
+		err := d.pool.Release(ctx, name, 0)
+		if errdefs.IsFailedPrecondition(err) {
+			where, listErr := mountedHere(name)
+			if listErr != nil {
+				return listErr
+			}
+			if where != "" {
+				return fmt.Errorf("mounted at %s: %w", where, errdefs.ErrFailedPrecondition)
+			}
+			err = d.pool.Release(ctx, name, time.Until(end))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// discard gives the blocks that are the layer's alone back to the file system that the
+// pool's files are on, as far as that can be done. A layer that was never written to
+// has none to speak of.
+func (d *driver) discard(ctx context.Context, l *record) {
+	v := d.private(l.Thin, false)
+	_ = d.shown(ctx, v, func() error {
+		f, err := sys.Open(thin.Node(v.Name), sys.O_RDWR, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		return f.Discard(0, int64(l.Sectors)*512)
+	})
+}

@@ -1,0 +1,91 @@
+package devmapper
+
+import (
+	"context"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/devmapper/metadata"
+	"github.com/layerctl/layerctl/devmapper/thin"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// Usage is the blocks that the layer does not share with its parent, by a comparison
+// of the two trees of the pool's metadata: what its file system has written, its journal
+// and tables, too. Inodes are not known.
+func (d *driver) Usage(ctx context.Context, r drivers.Ref) (drivers.Usage, error) {
+	u, err := d.usage(ctx, r)
+	return u, d.wrap("usage", r.ID, err)
+}
+
+func (d *driver) usage(ctx context.Context, r drivers.Ref) (drivers.Usage, error) {
+	l, err := d.layer(r.ID)
+	switch {
+	case err != nil:
+		return drivers.Usage{}, err
+	case l.Usage != nil:
+		return *l.Usage, nil
+	case l.Shared:
+		return drivers.Usage{Inodes: -1}, nil
+	}
+	return d.measure(ctx, r, l.Thin)
+}
+
+// measure counts the blocks of a thin device that its parent's has not.
+func (d *driver) measure(ctx context.Context, r drivers.Ref, thinID uint32) (u drivers.Usage, err error) {
+	below := d.template.Thin
+	if len(r.Parents) > 0 {
+		p, err := d.parent(r)
+		if err != nil {
+			return u, err
+		}
+		below = p.Thin
+	}
+	s, err := d.pool.Snapshot(ctx)
+	if err != nil {
+		return u, err
+	}
+	defer func() {
+		if releaseErr := s.Release(); err == nil {
+			err = releaseErr
+		}
+	}()
+	blocks, err := exclusive(s, metadata.ID(thinID), metadata.ID(below))
+	return drivers.Usage{Bytes: int64(blocks) * d.pool.BlockBytes(), Inodes: -1}, err
+}
+
+// exclusive reads a metadata snapshot.
+func exclusive(s *thin.Snapshot, id, below metadata.ID) (uint64, error) {
+	f, err := sys.Open(s.Path, sys.O_RDONLY, 0)
+	if err != nil {
+		return 0, err
+	}
+	defer f.Close()
+	st, err := f.Stat("")
+	if err == nil && st.Type() == sys.S_IFBLK { // the kernel writes past the cache
+		err = f.DropBuffers()
+	}
+	if err != nil {
+		return 0, err
+	}
+	m, err := openMetadata(f)
+	if err != nil {
+		return 0, err
+	}
+	return m.Exclusive(id, below)
+}
+
+// openMetadata reads the superblock, which the kernel may be writing.
+func openMetadata(f *sys.Fd) (m *metadata.Pool, err error) {
+	const tries = 10
+	for range tries {
+		if m, err = metadata.Open(f); err == nil {
+			m, err = m.Snapshot()
+		}
+		if !errdefs.IsDataLoss(err) {
+			break
+		}
+	}
+	return m, err
+}
