@@ -39,6 +39,7 @@ var level = map[string]int{
 	"devmapper/dm":            1,
 	"devmapper/thin":          2,
 	"devmapper/metadata":      1,
+	"devmapper/ext4":          1,
 	"drivers":                 3,
 	"drivers/drivertest":      4,
 	"drivers/native":          4,

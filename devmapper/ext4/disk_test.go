@@ -1,0 +1,150 @@
+package ext4
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
+)
+
+// disk is a file with an ext4 on it, which is not mounted.
+type disk struct {
+	testing.TB
+	name string
+}
+
+func newDisk(t testing.TB, size int64, mkfs ...string) disk {
+	t.Helper()
+	d := disk{t, filepath.Join(testenv.Scratch(t), "a")}
+	d.check(errors.Join(os.WriteFile(d.name, nil, 0o600), os.Truncate(d.name, size)))
+	args := append([]string{"-q", "-F", "-t", "ext4"}, append(mkfs, d.name)...)
+	if out, err := exec.Command(testenv.Program(t, "mke2fs", "e2fsprogs"), args...).CombinedOutput(); err != nil {
+		t.Fatalf("mke2fs %v: %v\n%s", args, err, out)
+	}
+	return d
+}
+
+func (d disk) check(err error) {
+	d.Helper()
+	if err != nil {
+		d.Fatal(err)
+	}
+}
+
+// copy is what a snapshot would be.
+func (d disk) copy() disk {
+	d.Helper()
+	c := disk{d.TB, filepath.Join(testenv.Scratch(d), "c")}
+	from, err := os.Open(d.name)
+	d.check(err)
+	defer from.Close()
+	st, err := from.Stat()
+	d.check(err)
+	to, err := os.Create(c.name)
+	d.check(err)
+	defer to.Close()
+	d.check(to.Truncate(st.Size()))
+	buf, zeros := make([]byte, 1<<16), make([]byte, 1<<16)
+	for off := int64(0); off < st.Size(); off += int64(len(buf)) {
+		n, err := from.ReadAt(buf, off)
+		if err != nil && err != io.EOF {
+			d.Fatal(err)
+		}
+		if !bytes.Equal(buf[:n], zeros[:n]) {
+			_, err := to.WriteAt(buf[:n], off)
+			d.check(err)
+		}
+	}
+	return c
+}
+
+// mount shows a disk until the returned function is called.
+func (d disk) mount(readOnly bool) (dir string, unmount func()) {
+	d.Helper()
+	testenv.Root(d)
+	loop, err := sys.AttachLoop(d.name, sys.LoopOptions{Autoclear: true})
+	d.check(err)
+	defer loop.Close()
+	dir, err = os.MkdirTemp(filepath.Dir(d.name), "m")
+	d.check(err)
+	flags, data := uintptr(0), ""
+	if readOnly {
+		flags, data = sys.MS_RDONLY, "noload"
+	}
+	err = sys.Mount(loop.Name(), dir, "ext4", flags, data)
+	if errors.Is(err, syscall.EINVAL) && strings.HasSuffix(d.Name(), "/quota") {
+		testenv.Optional(d, "the kernel is built without quota: make test-vm")
+	}
+	d.check(err)
+	return dir, func() {
+		d.Helper()
+		testenv.Unmount(d, dir)
+	}
+}
+
+// change mounts the disk for a while.
+func (d disk) change(do func(dir string)) {
+	d.Helper()
+	dir, unmount := d.mount(false)
+	defer unmount()
+	do(dir)
+}
+
+// fsck fails if the tests' disk is not sound.
+func (d disk) fsck() {
+	d.Helper()
+	if out, err := exec.Command(testenv.Program(d, "e2fsck", "e2fsprogs"), "-f", "-n", d.name).CombinedOutput(); err != nil {
+		d.Fatalf("e2fsck: %v\n%s", err, out)
+	}
+}
+
+// differences are the blocks of a size at which two disks differ.
+func differences(a, b disk, block int) []Range {
+	a.Helper()
+	var out []Range
+	x, y := make([]byte, block), make([]byte, block)
+	f, err := os.Open(a.name)
+	a.check(err)
+	defer f.Close()
+	g, err := os.Open(b.name)
+	a.check(err)
+	defer g.Close()
+	for off := int64(0); ; off += int64(block) {
+		n, err := f.ReadAt(x, off)
+		if n == 0 {
+			return out
+		}
+		if err != nil && err != io.EOF {
+			a.Fatal(err)
+		}
+		m, _ := g.ReadAt(y, off)
+		if bytes.Equal(x[:n], y[:m]) {
+			continue
+		}
+		if l := len(out); l > 0 && out[l-1].Offset+out[l-1].Length == off {
+			out[l-1].Length += int64(block)
+		} else {
+			out = append(out, Range{off, int64(block)})
+		}
+	}
+}
+
+// changed asks for the candidates of two disks.
+func changed(a, b disk, ranges []Range) (*Candidates, error) {
+	a.Helper()
+	f, err := os.Open(a.name)
+	a.check(err)
+	defer f.Close()
+	g, err := os.Open(b.name)
+	a.check(err)
+	defer g.Close()
+	return Changed(a.Context(), f, g, ranges)
+}
