@@ -25,11 +25,16 @@ func newDisk(t testing.TB, size int64, mkfs ...string) disk {
 	t.Helper()
 	d := disk{t, filepath.Join(testenv.Scratch(t), "a")}
 	d.check(errors.Join(os.WriteFile(d.name, nil, 0o600), os.Truncate(d.name, size)))
-	args := append([]string{"-q", "-F", "-t", "ext4"}, append(mkfs, d.name)...)
-	if out, err := exec.Command(testenv.Program(t, "mke2fs", "e2fsprogs"), args...).CombinedOutput(); err != nil {
-		t.Fatalf("mke2fs %v: %v\n%s", args, err, out)
-	}
+	d.format(mkfs...)
 	return d
+}
+
+func (d disk) format(mkfs ...string) {
+	d.Helper()
+	args := append([]string{"-q", "-F", "-t", "ext4"}, append(mkfs, d.name)...)
+	if out, err := exec.Command(testenv.Program(d, "mke2fs", "e2fsprogs"), args...).CombinedOutput(); err != nil {
+		d.Fatalf("mke2fs %v: %v\n%s", args, err, out)
+	}
 }
 
 func (d disk) check(err error) {
@@ -70,16 +75,22 @@ func (d disk) copy() disk {
 func (d disk) mount(readOnly bool) (dir string, unmount func()) {
 	d.Helper()
 	testenv.Root(d)
-	loop, err := sys.AttachLoop(d.name, sys.LoopOptions{Autoclear: true})
+	device, err := sys.StatPath(d.name)
 	d.check(err)
-	defer loop.Close()
-	dir, err = os.MkdirTemp(filepath.Dir(d.name), "m")
+	source := d.name
+	if device.IsReg() {
+		loop, err := sys.AttachLoop(d.name, sys.LoopOptions{Autoclear: true})
+		d.check(err)
+		defer loop.Close()
+		source = loop.Name()
+	}
+	dir, err = os.MkdirTemp(testenv.Scratch(d), "m")
 	d.check(err)
 	flags, data := uintptr(0), ""
 	if readOnly {
 		flags, data = sys.MS_RDONLY, "noload"
 	}
-	err = sys.Mount(loop.Name(), dir, "ext4", flags, data)
+	err = sys.Mount(source, dir, "ext4", flags, data)
 	if errors.Is(err, syscall.EINVAL) && strings.HasSuffix(d.Name(), "/quota") {
 		testenv.Optional(d, "the kernel is built without quota: make test-vm")
 	}

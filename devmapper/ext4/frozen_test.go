@@ -55,7 +55,7 @@ func TestSnapshotsOfAFileSystemInUse(t *testing.T) {
 			}
 		}()
 		last := d.frozen(dir)
-		for round := range 5 {
+		for round := range 4 {
 			n := rnd.IntN(files)
 			maps[n][rnd.IntN(size)]++
 			n = rnd.IntN(files)
