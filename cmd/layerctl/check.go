@@ -62,7 +62,7 @@ func (a *app) check(ctx context.Context, o checkOptions) error {
 		}
 	}
 	if !a.quiet {
-		a.note("check: %d findings, %d repaired", len(rows), len(rows)-left)
+		a.note("check: %s, %d repaired", counted(len(rows), "finding", "findings"), len(rows)-left)
 	}
 	if left > 0 {
 		return exitStatus(exitError)

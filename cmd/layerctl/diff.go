@@ -223,7 +223,7 @@ func (a *app) sayWritten(path string, r layer.TarResult) error {
 	row := tarRow{path, r.DiffID.String(), r.Size, r.Entries, r.Skipped}
 	if path == "-" {
 		if !a.quiet {
-			a.note("%s, %d entries, %s", row.DiffID, row.Entries, humanBytes(row.Size))
+			a.note("%s, %s, %s", row.DiffID, counted(row.Entries, "entry", "entries"), humanBytes(row.Size))
 		}
 		return nil
 	}
@@ -231,7 +231,7 @@ func (a *app) sayWritten(path string, r layer.TarResult) error {
 		return a.showOne(row)
 	}
 	if !a.quiet {
-		a.note("%s: %d entries, %s uncompressed", path, row.Entries, humanBytes(row.Size))
+		a.note("%s: %s, %s uncompressed", path, counted(row.Entries, "entry", "entries"), humanBytes(row.Size))
 	}
 	_, err := fmt.Fprintln(a.out, row.DiffID)
 	return err

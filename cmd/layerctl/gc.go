@@ -71,8 +71,8 @@ func (a *app) gc(ctx context.Context, wait bool) error {
 		a.note("%s", l)
 	}
 	if !a.quiet {
-		fmt.Fprintf(a.out, "%d layers (%s), %d blobs (%s), %d leftovers\n",
-			r.Layers, humanBytes(r.Bytes), r.Blobs, humanBytes(r.BlobSize), r.Leftover)
+		fmt.Fprintf(a.out, "%s (%s), %s (%s), %s\n", counted(r.Layers, "layer", "layers"), humanBytes(r.Bytes),
+			counted(r.Blobs, "blob", "blobs"), humanBytes(r.BlobSize), counted(r.Leftover, "leftover", "leftovers"))
 	}
 	return nil
 }

@@ -107,7 +107,7 @@ func (l *leftOut) say(a *app) {
 	if l.n == 0 {
 		return
 	}
-	a.note("%d entries left out", l.n)
+	a.note("%s left out", counted(l.n, "entry", "entries"))
 	for _, f := range l.first {
 		a.note("left out %s", f)
 	}

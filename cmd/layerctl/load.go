@@ -111,7 +111,7 @@ func (a *app) unpack(ctx context.Context, s *image.Store, v *snapshot.View, img 
 	}
 	left.say(a)
 	if !a.quiet {
-		a.note("%s: %d layers, %d of them new, as %s", imageLabel(img), u.Layers, u.New, shortName(u.ChainID.String()))
+		a.note("%s: %s, %d of them new, as %s", imageLabel(img), counted(u.Layers, "layer", "layers"), u.New, shortName(u.ChainID.String()))
 	}
 	if o.dropBlobs {
 		_, err = s.DropLayers(ctx, img.Target.Digest.String())

@@ -216,6 +216,14 @@ func paint(on bool, code, s string) string {
 	return "\x1b[" + code + "m" + s + "\x1b[0m"
 }
 
+// counted is a number of things in words.
+func counted[N int | int64](n N, one, more string) string {
+	if n == 1 {
+		return "1 " + one
+	}
+	return fmt.Sprintf("%d %s", n, more)
+}
+
 // showOne prints one object as JSON or by the template.
 func (a *app) showOne(v any) error {
 	if a.format == "json" {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"os"
+	"runtime"
 	"runtime/debug"
 
 	"github.com/spf13/cobra"
@@ -44,7 +45,7 @@ func (a *app) command() *cobra.Command {
 	f.StringVar(&a.driver, "driver", "", "the driver of new snapshots (default: the best that works; see info)")
 	f.StringVar(&a.format, "format", "table", "of lists: table, json or a Go template")
 	f.StringVar(&a.progress, "progress", "auto", "of long work, on standard error: auto, plain, json or none")
-	f.BoolVarP(&a.quiet, "quiet", "q", false, "print names only, and nothing on standard error but errors")
+	f.BoolVarP(&a.quiet, "quiet", "q", false, "print names only, and nothing on standard error but errors and a --progress that is named")
 	f.BoolVar(&a.volatile, "volatile", false, "flush nothing: faster, and lost in a power cut")
 	root.AddCommand(a.verbs()...)
 	for _, c := range append(root.Commands(), root) {
@@ -143,12 +144,22 @@ func versionOf(bi *debug.BuildInfo) string {
 	return v + " (" + bi.GoVersion + ")"
 }
 
+// versionReport is what version says to scripts.
+type versionReport struct {
+	Version  string `json:"version"`
+	Go       string `json:"go"`
+	Platform string `json:"platform"` // GOOS/GOARCH
+}
+
 func (a *app) versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Print the program's version", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cmd.Println("layerctl " + versionString())
-			return nil
+			if a.format == "table" {
+				cmd.Println("layerctl " + versionString())
+				return nil
+			}
+			return a.showOne(versionReport{versionString(), runtime.Version(), runtime.GOOS + "/" + runtime.GOARCH})
 		},
 	}
 }
