@@ -73,7 +73,12 @@ func (fs *FS) Open(c Caller, n *Node, flags uint32) (*File, error) {
 	if trunc {
 		first |= syscall.O_TRUNC
 	}
-	if err := f.open(first); err != nil {
+	err := f.open(first)
+	if err == syscall.EPERM && n.has(isAppend) { // the file below is append-only itself
+		f.flags |= syscall.O_APPEND
+		err = f.open(f.flags)
+	}
+	if err != nil {
 		return nil, err
 	}
 	f.keep()

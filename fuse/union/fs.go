@@ -194,7 +194,7 @@ func (fs *FS) openRoot() error {
 		}
 		if l.upper {
 			n.upIno = st.Ino
-			n.set(inUpper)
+			n.set(inUpper | ownGuards(&st))
 			if facts.impure {
 				n.set(isImpure)
 			}

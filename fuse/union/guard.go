@@ -6,10 +6,11 @@ import (
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
-// guarded tells which of isImmutable and isAppend hold for n. The upper's are in
+// guarded tells which of isImmutable and isAppend hold for n: those that the inode
+// in a layer has itself, known since it was looked up, and for the upper those in
 // xattr protattr, since an upper that had them itself could be neither renamed nor
-// marked; a lower's are its own. They are read when first asked for, not at each
-// lookup: only changes ask. n is not locked.
+// marked. That is read when a change first asks, not at each lookup. n is not
+// locked.
 func (fs *FS) guarded(n *Node) (uint32, error) {
 	if !n.has(guardsKnown) {
 		n.change.Lock()
@@ -40,31 +41,11 @@ func (fs *FS) readGuards(n *Node) error {
 	if n.isDir() {
 		p.name = "" // asks for no search permission
 	}
-	got, err := fs.guardsAt(&p, n.typ)
-	if err == syscall.ENOENT {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	n.set(got | guardsKnown)
+	n.set(fs.keptGuards(p.fd, p.name, n.typ) | guardsKnown)
 	return nil
 }
 
-// guardsAt reads them from what is at p. What an upper has itself keeps the change
-// from being made there, and need not be asked for.
-func (fs *FS) guardsAt(p *place, typ uint32) (uint32, error) {
-	if p.upper {
-		return fs.keptGuards(p.fd, p.name, typ), nil
-	}
-	var st sys.Stat
-	if err := sys.StatBare(p.fd, p.name, &st); err != nil {
-		return 0, err
-	}
-	return ownGuards(&st), nil
-}
-
-// ownGuards are those that an inode of a file system has itself.
+// ownGuards are those that an inode of a layer has itself.
 func ownGuards(st *sys.Stat) (guards uint32) {
 	if st.Attributes&sys.STATX_ATTR_IMMUTABLE != 0 {
 		guards |= isImmutable

@@ -103,10 +103,12 @@ func (fs *FS) same(n, dir *Node, name string, f *found) bool {
 func (fs *FS) newNode(dir *Node, name string, f *found) *Node {
 	n := &Node{typ: f.st.Type(), parent: dir, name: name}
 	dir.holds++
-	var flags uint32
+	flags := ownGuards(&f.st)
 	if f.upper {
 		flags |= inUpper
 		n.upIno = f.st.Ino
+	} else {
+		flags |= guardsKnown
 	}
 	if f.metacopy {
 		flags |= isMetacopy

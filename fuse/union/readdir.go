@@ -27,6 +27,7 @@ type Dir struct {
 	order []hashed // of list.items; nil: nothing was read yet
 	read  bool     // something was: offset 0 begins anew
 	seen  uint32   // dirState.changed when the list was made
+	pure  int      // how many items, from the first on, do not come from a lower
 }
 
 // hashed is an item of a list, and where it stands.
@@ -66,7 +67,7 @@ func (d *Dir) Close() error {
 	return nil
 }
 
-func (d *Dir) reset() { d.list, d.order, d.read = nil, nil, false }
+func (d *Dir) reset() { d.list, d.order, d.read, d.pure = nil, nil, false, 0 }
 
 // Fsync flushes the directory's names.
 func (d *Dir) Fsync() error {
@@ -92,12 +93,14 @@ type dirItem struct {
 	ino   uint64 // as shown; 0: only a lookup tells
 	typ   uint32
 	next  uint64
-	lower int // number of the lower that shows it; -1: not known
+	lower int  // number of the lower that shows it; -1: not known
+	below bool // set by who is told: it comes from a lower, or may do so
 }
 
 // Read calls add for each name from offset off on ("." and ".." are the
 // caller's), until add returns false: that name comes again next time.
 func (d *Dir) Read(off uint64, add func(DirEntry) bool) error {
+	defer d.purify()
 	return d.walk(off, func(i *dirItem) (bool, error) {
 		e := DirEntry{Name: string(i.name), Ino: i.ino, Type: i.typ, Next: i.next}
 		if e.Ino == 0 || e.Type == 0 {
@@ -105,7 +108,9 @@ func (d *Dir) Read(off uint64, add func(DirEntry) bool) error {
 			switch err := d.fs.find(d.node, e.Name, &f, -1); {
 			case err == nil:
 				e.Ino, e.Type = d.fs.shownIno(d.node, e.Name, &f), f.st.Type()
+				i.below = !f.upper || f.hasLow || len(f.lowers) > 0 || e.Ino != d.fs.ino(0, f.st.Ino)
 			case broken(err):
+				i.below = true
 				e.Ino = max(e.Ino, 1) // with 0 it would not be seen
 			default:
 				return true, gone(err)
@@ -133,15 +138,18 @@ func broken(err error) bool {
 // ReadPlus is Read with the node behind each name, with a reference for the
 // caller if add returns true; no node where what the name leads to is broken.
 func (d *Dir) ReadPlus(off uint64, add func(DirEntry, Entry) bool) error {
+	defer d.purify()
 	return d.walk(off, func(i *dirItem) (bool, error) {
 		name := string(i.name)
 		e, err := d.fs.lookup(d.node, name, i.lower, false)
 		if broken(err) {
+			i.below = true
 			return add(DirEntry{Name: name, Ino: max(i.ino, 1), Type: i.typ, Next: i.next}, Entry{}), nil
 		}
 		if err != nil {
 			return true, gone(err)
 		}
+		i.below = d.fs.comesFromBelow(e.Node)
 		if !add(DirEntry{Name: name, Ino: e.Attr.Ino, Type: e.Attr.Mode & sys.S_IFMT, Next: i.next}, e) {
 			d.fs.Forget(e.Node.id, 1)
 			return false, nil
@@ -180,8 +188,45 @@ func (d *Dir) walk(off uint64, f func(*dirItem) (bool, error)) error {
 		if err != nil || !more {
 			return err
 		}
+		if at == d.pure && !i.below {
+			d.pure++
+		}
 	}
 	return nil
+}
+
+// comesFromBelow tells whether a node is not the upper's alone.
+func (fs *FS) comesFromBelow(n *Node) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.upIno == 0 || n.lowIno != 0 || n.ino.Load() != fs.ino(0, n.upIno)
+}
+
+// purify takes the mark from a directory of the upper of which all names were
+// read, and nothing in it comes from a lower any more: then the numbers on disk are
+// those that are shown. The kernel does it when it reads such a directory, too. d
+// is not locked.
+func (d *Dir) purify() {
+	fs := d.fs
+	d.mu.Lock()
+	n, seen, pure := d.node, d.seen, d.list != nil && d.pure == len(d.order)
+	d.mu.Unlock()
+	if !pure || n == nil || !n.has(isImpure) || n.merged() || fs.writable() != nil {
+		return
+	}
+	n.change.Lock()
+	defer n.change.Unlock()
+	if n.dir.changed.Load() != seen || n.has(isDead) {
+		return
+	}
+	up, err := fs.upperDir(n)
+	if err != nil {
+		return
+	}
+	defer fs.dirs.done(up)
+	if err := sys.RemovexattrBare(up.fd, "", fs.names.impure); err == nil || err == syscall.ENODATA {
+		n.clear(isImpure)
+	}
 }
 
 // start reads the names.

@@ -451,6 +451,38 @@ var copyUpCases = withTriggers(map[string]func(*Kit){
 			k.reads(n, n+"+")
 		}
 	},
+	"what no more holds anything of a lower is pure again": func(k *Kit) {
+		k.union(file("f", "x"), file("g", "y"), file("d/h", "z"))
+		k.makedir("n")
+		k.write("n/own", "o")
+		k.rename("f", "n/f")
+		impure := func(p string, want bool) {
+			k.Helper()
+			_, err := getxattr(k.u(p), k.ov("impure"))
+			k.that((err == nil) == want, "%s has the xattr: %v", p, err == nil)
+		}
+		k.holds("n", "own", "f")
+		impure("n", true)
+		k.unlink("n/f")
+		impure("n", true)
+		k.holds("n", "own")
+		impure("n", false)
+		k.rename("g", "n/g")
+		k.holds("n", "own", "g")
+		impure("n", true)
+		k.unlink("n/g")
+		k.unlink("n/own")
+		k.holds("n")
+		impure("n", false)
+		k.rename("d/h", "n/h")
+		k.holds("d")
+		impure("n", true)
+		k.remount()
+		k.unlink("n/h")
+		k.holds("n")
+		impure("n", false)
+		k.rmdir("n")
+	},
 	"readers and a writer at once": func(k *Kit) {
 		k.union(random("f", 1<<20, 3))
 		done := make(chan error)

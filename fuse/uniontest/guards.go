@@ -149,6 +149,31 @@ var guardCases = map[string]func(*Kit){
 		k.appendTo("f", "!")
 		k.fixedFile("g")
 	},
+	"files of an upper that have the flags themselves": func(k *Kit) {
+		k.guards()
+		k.lower(dir("l"))
+		k.upper(file("f", "x"), file("a", "y"), file("d/e", "z"), dir("d/sub"), file("g/h", "w"))
+		for p, flags := range map[string]int{"f": immutable, "a": appendOnly, "d": immutable, "g": appendOnly} {
+			k.guardAt(k.u(p), flags)
+			defer k.guardAt(k.u(p), 0)
+		}
+		k.unread = "the flags are taken off, else nothing could be removed"
+		k.mount()
+		k.fixedFile("f")
+		k.growingFile("a")
+		k.appendTo("a", "!")
+		w := k.open("a", unix.O_RDWR|unix.O_APPEND)
+		_, err := w.WriteString("?")
+		k.ok(err)
+		k.readsFile(w, "y!?")
+		k.is(unix.EPERM, unix.Rmdir(k.p("d/sub")))
+		k.is(unix.EPERM, unix.Unlink(k.p("d/e")))
+		k.is(unix.EPERM, unix.Rename(k.p("d/e"), k.p("e")))
+		k.is(unix.EPERM, unix.Mkdir(k.p("d/n"), 0o755))
+		k.write("g/n", "n")
+		k.is(unix.EPERM, unix.Unlink(k.p("g/h")))
+		k.unmount()
+	},
 	"a metacopy file": func(k *Kit) {
 		k.guards()
 		k.options("metacopy=on", "redirect_dir=on")
