@@ -3,6 +3,7 @@ package main
 import (
 	"strings"
 
+	"github.com/layerctl/layerctl/fuse/union"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -75,6 +76,18 @@ func (m *mountFlags) set(key, value string, has bool) bool {
 }
 
 func (m *mountFlags) readOnly() bool { return m.set1&sys.MS_RDONLY != 0 }
+
+// atime is what the flags say about times of access, which FUSE leaves to its
+// server.
+func (m *mountFlags) atime() (when union.Atime, noDirs bool) {
+	switch {
+	case m.set1&sys.MS_NOATIME != 0:
+		when = union.AtimeNever
+	case m.set1&sys.MS_STRICTATIME != 0:
+		when = union.AtimeAlways
+	}
+	return when, m.set1&sys.MS_NODIRATIME != 0
+}
 
 // flags is what mount(2) gets. As fuse-overlayfs: a mount by root honours setuid
 // bits, and none honours devices that it is not told to.

@@ -38,6 +38,7 @@ func serve(c *commandLine, stderr io.Writer, ready *readiness) error {
 	srv := server.New(serverOptions(c, log))
 	config := c.options.union
 	config.ReadOnly = config.ReadOnly || c.options.mount.readOnly()
+	config.Atime, config.NoDirAtime = c.options.mount.atime()
 	config.Log, config.Invalidate = log.printf, srv.Invalidate
 	u, err := union.Open(context.Background(), config)
 	if err != nil {

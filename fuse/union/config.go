@@ -30,6 +30,13 @@ type Config struct {
 	// or in an xattr (fuse-overlayfs's xattr_permissions).
 	Permissions Permissions
 
+	// Atime says when times of access in the upper move, NoDirAtime that those of
+	// directories do not. Lowers keep theirs. A process that may not make mounts, or
+	// may not change how they keep such times, has them as the upper's file system is
+	// mounted.
+	Atime      Atime
+	NoDirAtime bool
+
 	// StaticNlink shows 1 as the link count of every directory.
 	StaticNlink bool
 	// NoACL answers EOPNOTSUPP to POSIX ACLs.
@@ -94,6 +101,17 @@ type IDMap struct{ UIDs, GIDs []IDRange }
 
 // Squash replaces every owner that is shown; nil: as it is.
 type Squash struct{ UID, GID *uint32 }
+
+// Atime is when the time of access of a file in the upper moves.
+type Atime int
+
+// AtimeRelative moves it at the first access after a change, and once a day: what
+// mount(2) does by itself.
+const (
+	AtimeRelative Atime = iota
+	AtimeNever
+	AtimeAlways
+)
 
 // Permissions is fuse-overlayfs's xattr_permissions.
 type Permissions int

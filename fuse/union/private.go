@@ -41,7 +41,8 @@ func openLower(path string) (*sys.Fd, error) {
 
 // openUpperDirs opens upper and workdir, by way of one mount that has both: between
 // two nothing can be renamed.
-func openUpperDirs(upper, work string) (u, w *sys.Fd, err error) {
+func openUpperDirs(c *Config) (u, w *sys.Fd, err error) {
+	upper, work := c.Upper, c.Work
 	if u, err = sys.OpenDir(upper); err != nil {
 		return nil, nil, err
 	}
@@ -49,7 +50,7 @@ func openUpperDirs(upper, work string) (u, w *sys.Fd, err error) {
 		u.Close()
 		return nil, nil, err
 	}
-	ownU, ownW, ok := privateUpper(u, w, upper, work)
+	ownU, ownW, ok := privateUpper(u, w, c)
 	if !ok {
 		return u, w, nil
 	}
@@ -58,8 +59,8 @@ func openUpperDirs(upper, work string) (u, w *sys.Fd, err error) {
 	return ownU, ownW, nil
 }
 
-func privateUpper(u, w *sys.Fd, upper, work string) (ownU, ownW *sys.Fd, ok bool) {
-	paths, err := truePaths(upper, work)
+func privateUpper(u, w *sys.Fd, c *Config) (ownU, ownW *sys.Fd, ok bool) {
+	paths, err := truePaths(c.Upper, c.Work)
 	if err != nil {
 		return nil, nil, false
 	}
@@ -73,6 +74,7 @@ func privateUpper(u, w *sys.Fd, upper, work string) (ownU, ownW *sys.Fd, ok bool
 		return nil, nil, false
 	}
 	defer m.Close()
+	_ = m.SetMountAttr(c.atime(), false) // which may be locked
 	if ownU, err = openSamePath(m, paths[1], u); err != nil {
 		return nil, nil, false
 	}
@@ -81,6 +83,21 @@ func privateUpper(u, w *sys.Fd, upper, work string) (ownU, ownW *sys.Fd, ok bool
 		return nil, nil, false
 	}
 	return ownU, ownW, true
+}
+
+// atime is how the upper's mount keeps times of access.
+func (c *Config) atime() sys.MountAttr {
+	a := sys.MountAttr{Clear: sys.MOUNT_ATTR__ATIME | sys.MOUNT_ATTR_NODIRATIME}
+	switch c.Atime {
+	case AtimeNever:
+		a.Set = sys.MOUNT_ATTR_NOATIME
+	case AtimeAlways:
+		a.Set = sys.MOUNT_ATTR_STRICTATIME
+	}
+	if c.NoDirAtime {
+		a.Set |= sys.MOUNT_ATTR_NODIRATIME
+	}
+	return a
 }
 
 // truePaths gives the directory that both are in, and both relative to it.

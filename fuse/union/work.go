@@ -75,7 +75,7 @@ func (u *upper) open(ctx context.Context, c *Config) (err error) {
 	} else if c.Work == "" {
 		return fmt.Errorf("an upper needs a workdir: %w: %w", errdefs.ErrInvalidArgument, syscall.EINVAL)
 	} else {
-		u.root, u.workdir, err = openUpperDirs(c.Upper, c.Work)
+		u.root, u.workdir, err = openUpperDirs(c)
 	}
 	if err != nil {
 		return err

@@ -13,6 +13,21 @@ import (
 // attrCases are about link counts, times, modes, names, special files and
 // xattrs.
 var attrCases = map[string]func(*Kit){
+	"times of access": func(k *Kit) {
+		k.atimes(atimesMove{old: true, oldDir: true})
+	},
+	"times of access, noatime": func(k *Kit) {
+		k.options("noatime")
+		k.atimes(atimesMove{})
+	},
+	"times of access, nodiratime": func(k *Kit) {
+		k.options("nodiratime")
+		k.atimes(atimesMove{old: true})
+	},
+	"times of access, strictatime": func(k *Kit) {
+		k.options("strictatime")
+		k.atimes(atimesMove{old: true, future: true, oldDir: true, futureDir: true})
+	},
 	"st_nlink of directories": func(k *Kit) {
 		k.lower(dir("m/a"), dir("l/x/y"))
 		k.union(dir("m/b"), dir("m/c"))
@@ -412,4 +427,44 @@ var attrCases = map[string]func(*Kit){
 		equal(k, "xattr", k.xattr(".", "user.up"), "1")
 		k.noXattr(k.p("."), "user.low")
 	},
+}
+
+// atimesMove is which times of access move: those of a file and a directory that
+// were accessed before they were changed, and those that seem to be accessed tomorrow.
+type atimesMove struct{ old, future, oldDir, futureDir bool }
+
+// atimes says which times of access in the upper move; in a lower none does.
+func (k *Kit) atimes(want atimesMove) {
+	k.Helper()
+	k.union(file("low", "x"), file("up", "y"), dir("d"))
+	tomorrow := k.start.Sec + 24*3600
+	set := func(p string, atime int64) {
+		ts := []unix.Timespec{{Sec: atime}, {Sec: 2000}}
+		k.ok(unix.UtimesNanoAt(unix.AT_FDCWD, k.p(p), ts, 0))
+	}
+	k.write("new", "n")
+	k.makedir("m")
+	for _, what := range []struct {
+		p     string
+		atime int64
+		moves bool
+	}{
+		{"up", 1000, want.old}, {"new", 1000, want.old}, {"up", tomorrow, want.future}, {"new", tomorrow, want.future},
+		{"d", 1000, want.oldDir}, {"m", tomorrow, want.futureDir},
+	} {
+		set(what.p, what.atime)
+		equal(k, "atime before", k.stat(what.p).Atime.Sec, what.atime)
+		if k.stat(what.p).IsDir() {
+			k.names(what.p)
+		} else {
+			must(os.ReadFile(k.p(what.p)))
+		}
+		now := k.stat(what.p).Atime.Sec
+		k.that(now == what.atime == !what.moves, "atime of %s was %d and is %d", what.p, what.atime, now)
+		k.that(now == what.atime || now >= k.start.Sec && now < tomorrow, "atime of %s is %d", what.p, now)
+	}
+	before := k.statAt(k.l(0, "low")).Atime
+	k.reads("low", "x")
+	equal(k, "atime of a lower file", k.statAt(k.l(0, "low")).Atime, before)
+	equal(k, "atime of a lower file, as shown", k.stat("low").Atime, before)
 }

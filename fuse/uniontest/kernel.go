@@ -44,7 +44,7 @@ func kernelContext(s Spec, target string) error {
 	if err := configure(c, s); err != nil {
 		return said(c, err)
 	}
-	m, err := c.Mount(0)
+	m, err := c.Mount(s.atimes())
 	if err != nil {
 		return said(c, err)
 	}
@@ -71,6 +71,9 @@ func configure(c *sys.FsContext, s Spec) error {
 		errs = append(errs, set("upperdir", s.Upper), set("workdir", s.Work))
 	}
 	for _, o := range s.Options {
+		if _, ok := atimes[o]; ok {
+			continue // of the mount, not of the file system
+		}
 		if key, value, ok := strings.Cut(o, "="); ok {
 			errs = append(errs, set(key, value))
 		} else {
@@ -86,6 +89,17 @@ func said(c *sys.FsContext, err error) error {
 		return fmt.Errorf("%w (%s)", err, strings.Join(m, "; "))
 	}
 	return err
+}
+
+// atimes are the options about times of access.
+var atimes = map[string]uint64{"noatime": sys.MOUNT_ATTR_NOATIME, "strictatime": sys.MOUNT_ATTR_STRICTATIME,
+	"nodiratime": sys.MOUNT_ATTR_NODIRATIME}
+
+func (s Spec) atimes() (attrs uint64) {
+	for _, o := range s.Options {
+		attrs |= atimes[o]
+	}
+	return attrs
 }
 
 // flags are those of mount(2).
