@@ -1,6 +1,6 @@
 // Package metadata reads dm-thin's metadata: which data block each virtual block
-// of each thin device is mapped to. It is pure decoding over an io.ReaderAt; it
-// needs no device, no right and no kernel.
+// of each thin device is mapped to. It is pure decoding over an io.ReaderAt,
+// which OpenFile gives; it needs no device, no right and no kernel.
 //
 // # The format
 //
@@ -28,9 +28,9 @@
 // Of a running pool Open may be called for Snapshot alone. The superblock is written whole, but
 // a read may meet the write: one that fails with a checksum is worth another try.
 //
-// The kernel writes past the page cache of the metadata device. A reader of a device that is in
-// use must read past it, too: O_DIRECT, or the cache dropped before (BLKFLSBUF). Every read here is
-// of 4096 bytes at a multiple of 4096; a ReaderAt on O_DIRECT must bring a buffer that is aligned.
+// The kernel writes past the page cache of the metadata device. What is in that cache may be from
+// before, with checksums that are right, so a reader of a device that is in use must read past it, too: OpenFile does.
+// Every read here is of 4096 bytes at a multiple of 4096.
 //
 // # Errors
 //
