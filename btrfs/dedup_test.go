@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/testenv"
@@ -138,5 +139,26 @@ func TestDedupPassesOverWhatTheKernelRefuses(t *testing.T) {
 	got, err = h.d.Dedup(h.ctx, refs, drivers.DedupOptions{})
 	if err != nil || got.Files != 6 || got.Equal != 1 || got.Bytes != 300002 {
 		t.Errorf("%+v, %v; want the plain one", got, err)
+	}
+}
+
+// Layers that go while they are looked at are no error.
+func TestDedupWhileLayersAreRemoved(t *testing.T) {
+	h := fixture(t)
+	for range 3 {
+		var refs []drivers.Ref
+		for range 6 {
+			refs = append(refs, h.script(drivers.Ref{}, `for i in 1 2 3 4 5 6 7 8; do head -c 100000 /dev/zero | tr '\0' $i >$i; done`))
+		}
+		var g errgroup.Group
+		g.Go(func() error {
+			_, err := h.d.Dedup(h.ctx, refs, drivers.DedupOptions{})
+			return err
+		})
+		for _, r := range refs[1:] {
+			h.must(h.d.Remove(h.ctx, r.ID))
+		}
+		h.must(g.Wait())
+		h.must(h.d.Remove(h.ctx, refs[0].ID))
 	}
 }

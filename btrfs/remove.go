@@ -69,7 +69,7 @@ func (d *driver) discard(ctx context.Context, id drivers.ID) error {
 	switch {
 	case errors.Is(err, syscall.ENOENT):
 		return nil
-	case errors.Is(err, syscall.ENOSPC):
+	case drivers.IsFull(err):
 		return d.empty(ctx, layersDir, id)
 	}
 	return err

@@ -2,6 +2,7 @@ package btrfs
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -12,7 +13,9 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/layer"
 )
@@ -91,6 +94,14 @@ func asOrdinaryUser(t *testing.T, dir string) {
 	if err := h.d.EnableQuota(h.ctx, quotaQgroups); !errdefs.IsPermissionDenied(err) {
 		t.Errorf("quota: %v", err)
 	}
+	root, err := sys.OpenDir(tree)
+	h.must(err)
+	defer root.Close()
+	h.must(ioctl.Create(root, "nested"))
+	h.must(os.WriteFile(tree+"/nested/f", []byte("3"), 0o400))
+	nested, err := sys.OpenDir(tree + "/nested")
+	h.must(err)
+	h.must(errors.Join(ioctl.SetReadOnly(nested, true), nested.Close()))
 	for _, r := range []drivers.Ref{again, r, base} {
 		h.must(h.d.Remove(h.ctx, r.ID))
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -91,6 +92,8 @@ type lister struct {
 	closing bool          // guarded by mu; old ones are dropped
 	idle    chan struct{} // guarded by mu; closed when not running
 	isOld   bool          // guarded by mu; the one in work is of old
+	work    drivers.ID    // guarded by mu; the one in work, 0 if none
+	done    chan struct{} // guarded by mu; closed when that is done
 	cancel  context.CancelFunc
 	ctx     context.Context
 	stop    context.CancelFunc
@@ -145,6 +148,7 @@ func (l *lister) next() (id drivers.ID, isOld bool, ctx context.Context) {
 	id = (*q)[0]
 	*q = (*q)[1:]
 	l.isOld = q == &l.old
+	l.work, l.done = id, make(chan struct{})
 	ctx, l.cancel = context.WithCancel(l.ctx)
 	return id, l.isOld, ctx
 }
@@ -163,6 +167,29 @@ func (l *lister) run() {
 			l.s.o.Log(fmt.Sprintf("listing of layer %s: %v", id, err))
 		}
 		l.cancel()
+		l.mu.Lock()
+		l.work = 0
+		close(l.done)
+		l.mu.Unlock()
+	}
+}
+
+// drop makes sure that no listing of a layer is computed: it is to be removed.
+func (l *lister) drop(ctx context.Context, id drivers.ID) {
+	l.mu.Lock()
+	it := func(queued drivers.ID) bool { return queued == id }
+	l.own, l.old = slices.DeleteFunc(l.own, it), slices.DeleteFunc(l.old, it)
+	var done chan struct{}
+	if l.work == id {
+		l.cancel()
+		done = l.done
+	}
+	l.mu.Unlock()
+	if done != nil {
+		select {
+		case <-done:
+		case <-ctx.Done():
+		}
 	}
 }
 

@@ -220,6 +220,7 @@ func (g *collector) payable(ctx context.Context) (debts []payable, err error) {
 // pay removes the bytes of one layer, then its records. A layer that somebody
 // works on or has mounted stays.
 func (g *collector) pay(ctx context.Context, p payable) error {
+	g.s.listings.drop(ctx, p.ref.ID) // or it would be in use
 	release, ok, err := g.s.locks.try(layerPlace(p.ref.ID))
 	if err != nil {
 		return err

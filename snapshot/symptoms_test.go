@@ -320,3 +320,45 @@ func TestCloseKeepsOthersFromWhatIsStillWritten(t *testing.T) {
 	must(t, vb.Commit(t.Context(), "c", "act"))
 	wants(t, second(va.Mounts(t.Context(), "c")), errdefs.ErrUnavailable)
 }
+
+// TestRemovedLayerIsNotInUseByItsOwnListing: what was removed right after its commit
+// stayed until another GC came: its listing was being computed for nobody.
+func TestRemovedLayerIsNotInUseByItsOwnListing(t *testing.T) {
+	reached, release := make(chan struct{}), make(chan struct{})
+	ctx := withHook(t.Context(), func(step string) error {
+		if step == "store: list: written" {
+			close(reached)
+			<-release
+		}
+		return nil
+	})
+	s, err := snapshot.Open(ctx, testenv.Scratch(t), snapshot.Options{Registry: registry()})
+	must(t, err)
+	v := view(t, s, "v", "native")
+	must(t, v.Create(t.Context(), "work", "", snapshot.CreateOptions{}))
+	write(t, v, "work", map[string]string{"f": "1"})
+	must(t, v.Commit(t.Context(), "done", "work"))
+	<-reached
+	must(t, v.Remove(t.Context(), "done"))
+	collected := make(chan snapshot.GCReport, 1)
+	go func() {
+		r, err := s.GC(t.Context())
+		if err != nil {
+			t.Error(err)
+		}
+		collected <- r
+	}()
+	var r snapshot.GCReport
+	select {
+	case r = <-collected:
+		close(release)
+	case <-time.After(200 * time.Millisecond): // it waits for the listing, which was told to stop
+		close(release)
+		r = <-collected
+	}
+	if r.Layers != 1 || len(r.Left) > 0 {
+		t.Errorf("%+v, want the layer removed", r)
+	}
+	clean(t, s)
+	must(t, s.Close())
+}

@@ -16,6 +16,8 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/layerctl/layerctl"
+	"github.com/layerctl/layerctl/btrfs/ioctl"
+	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/layer"
 	"github.com/layerctl/layerctl/snapshot"
 )
@@ -32,6 +34,7 @@ var btrfsWorkload = workload{
 	subjects: []subject{
 		{name: "layerctl", run: func(dir string) error { return onBtrfs(dir, true, btrfsRound) }},
 		{name: "containerd", run: func(dir string) error { return onBtrfs(dir, false, btrfsRound) }},
+		{name: "one snapshot, by ioctl", run: bareSnapshot},
 	},
 	done: func(dir string) error { return command("umount", dir+"/fs") },
 }
@@ -49,6 +52,27 @@ var btrfsLargeWorkload = workload{
 		{name: "layerctl, 1,000 snapshots", run: func(dir string) error { return onBtrfs(dir, true, btrfsMany) }},
 	},
 	done: func(dir string) error { return command("umount", dir+"/fs") },
+}
+
+// bareSnapshot is what every prepare has in it: one snapshot of layerctl's base, by
+// the one request; and a second one, as it is in a process that has just made one.
+func bareSnapshot(dir string) error {
+	into, err := sys.OpenDir(dir + "/fs")
+	if err != nil {
+		return err
+	}
+	defer into.Close()
+	source, err := sys.OpenDir(dir + "/fs/ours/drivers/btrfs/l/1/ro")
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	for _, name := range []string{"first", "second"} {
+		if err := timed("prepare, "+name, func() error { return ioctl.Snapshot(source, into, name, false) }); err != nil {
+			return err
+		}
+	}
+	return errors.Join(ioctl.Destroy(into, "first"), ioctl.Destroy(into, "second"))
 }
 
 // btrfsFS mounts a file system of its own at dir/fs.
@@ -131,7 +155,14 @@ func btrfsChild(ctx context.Context, s snapshots.Snapshotter) error {
 		timed("diff", func() error { return diffOf(ctx, s, ms) }),
 		timed("commit", func() error { return s.Commit(ctx, "done", "work") }),
 		timed("remove child", func() error { return removed(ctx, s, "done") }),
+		again(ctx, s),
 	)
+}
+
+// again prepares once more in the same process, which has an ID at hand then.
+func again(ctx context.Context, s snapshots.Snapshotter) error {
+	err := timed("prepare again", func() error { _, err := s.Prepare(ctx, "again", "base"); return err })
+	return errors.Join(err, removed(ctx, s, "again"))
 }
 
 // diffOf writes the layer of the child as a tar and takes its digest.
