@@ -1,0 +1,80 @@
+package server_test
+
+import (
+	"bytes"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"testing"
+
+	"github.com/layerctl/layerctl/fuse/union"
+	"golang.org/x/sys/unix"
+)
+
+// descriptors counts what the server has open.
+func (m *mounted) descriptors() int {
+	m.t.Helper()
+	list, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", m.cmd.Process.Pid))
+	must(m.t, err)
+	return len(list)
+}
+
+// resident is how much memory of its own the server has, in KiB.
+func (m *mounted) resident() int {
+	m.t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", m.cmd.Process.Pid))
+	must(m.t, err)
+	_, line, _ := bytes.Cut(b, []byte("\nRssAnon:"))
+	line, _, _ = bytes.Cut(line, []byte(" kB"))
+	n, err := strconv.Atoi(string(bytes.TrimSpace(line)))
+	must(m.t, err)
+	return n
+}
+
+// The kernel remembers as many names as it has memory for. The server's descriptors
+// do not grow with them, and its memory goes back when the kernel forgets.
+func TestManyNodesAreBoundedAndForgotten(t *testing.T) {
+	dir := dirs(t, "tmpfs")
+	const folders, files = 400, 50 // 20,000 files
+	for _, layer := range []string{"l", "u"} {
+		for d := range folders {
+			p := filepath.Join(dir, layer, fmt.Sprintf("folder-%d", d))
+			must(t, os.Mkdir(p, 0o755))
+			for f := range files / 2 {
+				must(t, unix.Mknod(filepath.Join(p, fmt.Sprintf("file-%s-%d", layer, f)), unix.S_IFREG|0o644, 0))
+			}
+		}
+	}
+	const maxDirs = 100
+	m := serve(t, setup{Dir: dir, Options: policyA, Config: union.Config{MaxDirs: maxDirs}})
+	idle, before := m.descriptors(), m.resident()
+	seen := 0
+	must(t, filepath.WalkDir(m.path(""), func(p string, e fs.DirEntry, err error) error {
+		if err == nil && !e.IsDir() {
+			seen++
+			_, err = e.Info()
+		}
+		return err
+	}))
+	if seen != folders*files {
+		t.Errorf("%d files, not %d", seen, folders*files)
+	}
+	const spare = 40 // what is just worked with
+	if n := m.descriptors(); n > idle+maxDirs+spare {
+		t.Errorf("%d descriptors after the walk, %d before it", n, idle)
+	}
+	full := m.resident()
+	if full < before+1024 {
+		t.Fatalf("the server has %d KiB, and had %d: it remembers nothing", full, before)
+	}
+	must(t, os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0))
+	if !raceEnabled { // what the race detector notes of memory stays
+		eventually(t, "memory is given back", func() bool { return m.resident() < before+(full-before)*3/4 })
+	}
+	if n := m.descriptors(); n > idle+maxDirs+spare {
+		t.Errorf("%d descriptors in the end, %d before", n, idle)
+	}
+	t.Logf("descriptors: %d, %d; KiB: %d, %d, %d", idle, m.descriptors(), before, full, m.resident())
+}
