@@ -13,7 +13,8 @@ import (
 // The kernel opens and closes directories without us: OPENDIR is answered once,
 // with ENOSYS, and reading a directory again that the kernel keeps costs nothing.
 // A READDIR then has no handle; the union's offsets are good without one. What was
-// read halfway is kept for the next request.
+// read halfway, or to the end, is kept for the next request: that the end was
+// reached the kernel finds out by asking what comes behind it.
 
 // opendir says that there is no such request.
 func (s *Server) opendir(*request) (int, fuse.Status) { return 0, fuse.ENOSYS }
@@ -144,10 +145,11 @@ func (s *Server) list(r *request, plus bool, read func(d *union.Dir, off uint64,
 		return 0, estale
 	}
 	l := &entries{out: r.out[:min(int(in.Size), len(r.out))], next: in.Offset}
+	self, parent := s.union.DirNumbers(n)
 	for l.next < dots {
-		ino, err := s.dotIno(n, l.next)
-		if err != nil {
-			return 0, status(err)
+		ino := self
+		if l.next == 1 {
+			ino = parent
 		}
 		if _, ok := l.add(".."[:l.next+1], ino, l.next+1, sys.S_IFDIR, plus); !ok {
 			return l.used, fuse.OK
@@ -165,7 +167,7 @@ func (s *Server) list(r *request, plus bool, read func(d *union.Dir, off uint64,
 		off = 0 // where the union's entries begin
 	}
 	err := read(d, off, l)
-	if l.full {
+	if l.full || d.Ended() {
 		s.half.put(halfDir{n.ID(), l.next, d})
 	} else {
 		_ = d.Close()
@@ -174,18 +176,6 @@ func (s *Server) list(r *request, plus bool, read func(d *union.Dir, off uint64,
 		return 0, status(err)
 	}
 	return l.used, fuse.OK // an error behind entries comes again with the next request
-}
-
-// dotIno is the inode number of ".", or of ".." if which is 1.
-func (s *Server) dotIno(n *union.Node, which uint64) (uint64, error) {
-	if which == 1 && n.ID() != fuse.FUSE_ROOT_ID {
-		if e, err := s.union.Lookup(n, ".."); err == nil {
-			s.union.Forget(e.Node.ID(), 1)
-			return e.Attr.Ino, nil
-		} // a removed directory has none
-	}
-	a, err := s.union.Getattr(n, nil)
-	return a.Ino, err
 }
 
 func (s *Server) readdir(r *request) (int, fuse.Status) {
@@ -197,6 +187,10 @@ func (s *Server) readdir(r *request) (int, fuse.Status) {
 	})
 }
 
+// readdirplus is what the kernel always asks for: most who read a directory look at
+// what is in it next, and a LOOKUP costs several times what an entry with its
+// attributes does. Left to choose (READDIRPLUS_AUTO) the kernel asks for plain names
+// behind the first 32 KiB of a directory.
 func (s *Server) readdirplus(r *request) (int, fuse.Status) {
 	return s.list(r, true, func(d *union.Dir, off uint64, l *entries) error {
 		return d.ReadPlus(off, func(e union.DirEntry, x union.Entry) bool {

@@ -53,8 +53,8 @@ func (s *Server) open(r *request) (int, fuse.Status) {
 			return 0, status(err)
 		}
 	}
-	var mode uint32
-	if s.passthrough {
+	mode := uint32(setID) // not known to have none
+	if _, upper := f.Fd(); s.wantsPassthrough(upper) {
 		a, err := s.union.Getattr(n, f)
 		if err != nil {
 			_ = f.Close()

@@ -19,7 +19,7 @@ const (
 
 // always is what every mount asks of the kernel.
 const always = fuse.CAP_ASYNC_READ | fuse.CAP_ATOMIC_O_TRUNC | fuse.CAP_BIG_WRITES | fuse.CAP_DONT_MASK | fuse.CAP_IOCTL_DIR |
-	fuse.CAP_READDIRPLUS | fuse.CAP_READDIRPLUS_AUTO | fuse.CAP_ASYNC_DIO | fuse.CAP_PARALLEL_DIROPS | fuse.CAP_MAX_PAGES |
+	fuse.CAP_READDIRPLUS | fuse.CAP_ASYNC_DIO | fuse.CAP_PARALLEL_DIROPS | fuse.CAP_MAX_PAGES |
 	fuse.CAP_CACHE_SYMLINKS | fuse.CAP_EXPLICIT_INVAL_DATA | fuse.CAP_HANDLE_KILLPRIV_V2 | fuse.CAP_SETXATTR_EXT |
 	fuse.CAP_INIT_EXT | fuse.CAP_ALLOW_IDMAP
 

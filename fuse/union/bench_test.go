@@ -14,7 +14,7 @@ import (
 
 // benchUnion has a lower with a directory of 1,000 files, another lower of 500
 // more in the same directory, and an upper, on tmpfs.
-func benchUnion(b *testing.B) *FS {
+func benchUnion(b testing.TB) *FS {
 	b.Helper()
 	testenv.Root(b)
 	base := testenv.FS(b, "tmpfs")
@@ -35,7 +35,7 @@ func benchUnion(b *testing.B) *FS {
 	return fs
 }
 
-func lookupBench(b *testing.B, fs *FS, name string) *Node {
+func lookupBench(b testing.TB, fs *FS, name string) *Node {
 	b.Helper()
 	e, err := fs.Lookup(fs.Root(), name)
 	must(b, err)

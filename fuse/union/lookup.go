@@ -125,6 +125,9 @@ func (fs *FS) find(dir *Node, name string, f *found, from int) error {
 	if len(dir.dir.lowers) > 0 || d.absolute() {
 		if from < 0 {
 			from = d.start(dir)
+		} else if ix := dir.dir.index.Load(); ix != nil {
+			e := ix.get(name)
+			d.only = e != nil && int(e.lower) == from && e.flags&itemMore == 0
 		}
 		if err := d.run(dir, f, from); err != nil {
 			return err
@@ -279,6 +282,7 @@ type lowerSearch struct {
 	metacopy bool   // a file without data was found: only a regular file goes on from it
 	stop     bool
 	only     bool // no further lower of this directory has the name
+	final    bool // no further lower is looked into, whatever hides the name there
 }
 
 // redirect sets what is looked for from here on; "": as before.
@@ -314,6 +318,7 @@ func (d *lowerSearch) run(dir *Node, f *found, from int) error {
 		}
 		base := stack[i]
 		was := d.redir
+		d.final = !d.redir && !d.metacopy && !d.absolute() && (d.only || i == len(stack)-1)
 		if err := d.one(base, f); err != nil {
 			return err
 		}
@@ -406,7 +411,7 @@ func (d *lowerSearch) single(base *realDir, name, before, after string, f *found
 
 // whiteoutFile is for a name that is not there: an AUFS whiteout may be.
 func (d *lowerSearch) whiteoutFile(base *realDir, fd int, name string) error {
-	if !d.fs.config.AUFSWhiteouts || len(name) > nameMax-len(aufsPrefix) {
+	if d.final || !d.fs.config.AUFSWhiteouts || len(name) > nameMax-len(aufsPrefix) {
 		return nil
 	}
 	var st sys.Stat
@@ -474,7 +479,7 @@ func (d *lowerSearch) directory(base *realDir, fd int, name, before, after strin
 		return nil, err
 	}
 	r.xwhiteouts = facts.xwhiteouts
-	if facts.opaque || d.fs.aufsOpaque(fd, name) {
+	if facts.opaque || !(d.final && facts.redirect == "") && d.fs.aufsOpaque(fd, name) {
 		d.stop = true
 		return r, nil
 	}
@@ -500,10 +505,14 @@ func (fs *FS) aufsName(name string) bool {
 	return fs.config.AUFSWhiteouts && strings.HasPrefix(name, aufsPrefix)
 }
 
-// aufsOpaque tells whether the directory has AUFS's opaque marker.
+// aufsOpaque tells whether the directory name below fd has AUFS's opaque marker.
 func (fs *FS) aufsOpaque(fd int, name string) bool {
 	if !fs.config.AUFSWhiteouts {
 		return false
+	}
+	found, err := sys.ExistsBelowBare(fd, name, aufsMarker)
+	if err == nil {
+		return found
 	}
 	dir, err := sys.OpenBare(fd, name, openDirFlags, 0)
 	if err != nil {
@@ -532,8 +541,8 @@ func (fs *FS) lowerHas(dir *Node, name string) (bool, error) {
 	if missed {
 		return false, nil
 	}
-	for _, r := range dir.dir.lowers {
-		found, hidden, err := fs.realHas(r, name)
+	for i, r := range dir.dir.lowers {
+		found, hidden, err := fs.realHas(r, name, i == len(dir.dir.lowers)-1)
 		if found || hidden || err != nil {
 			return found && !hidden, err
 		}
@@ -551,8 +560,8 @@ func (fs *FS) missed(dir *Node, name string) {
 }
 
 // realHas tells whether a lower directory has a name, and whether it is hidden
-// there and below.
-func (fs *FS) realHas(r *realDir, name string) (found, hidden bool, err error) {
+// there and below; last: it does not matter whether a name that is not there is hidden.
+func (fs *FS) realHas(r *realDir, name string, last bool) (found, hidden bool, err error) {
 	d, err := fs.real(r)
 	if err != nil {
 		return false, false, err
@@ -562,7 +571,7 @@ func (fs *FS) realHas(r *realDir, name string) (found, hidden bool, err error) {
 	err = sys.StatBare(d.fd, name, &st)
 	switch {
 	case err == syscall.ENOENT || err == syscall.ENAMETOOLONG:
-		if fs.config.AUFSWhiteouts && len(name) <= nameMax-len(aufsPrefix) {
+		if !last && fs.config.AUFSWhiteouts && len(name) <= nameMax-len(aufsPrefix) {
 			hidden = sys.StatBare(d.fd, aufsPrefix+name, &st) == nil
 		}
 		return false, hidden, nil

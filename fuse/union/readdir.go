@@ -28,6 +28,8 @@ type Dir struct {
 	read  bool     // something was: offset 0 begins anew
 	seen  uint32   // dirState.changed when the list was made
 	pure  int      // how many items, from the first on, do not come from a lower
+	ended bool     // reading came to the end, which was behind offset end
+	end   uint64
 }
 
 // hashed is an item of a list, and where it stands.
@@ -54,6 +56,17 @@ func (fs *FS) OpenDir(n *Node) (*Dir, error) {
 	return &Dir{fs: fs, node: n}, nil
 }
 
+// DirNumbers returns the inode numbers that "." and ".." of a directory have.
+func (fs *FS) DirNumbers(n *Node) (self, parent uint64) {
+	n.mu.Lock()
+	up := n.parent
+	n.mu.Unlock()
+	if up == nil {
+		up = n
+	}
+	return n.ino.Load(), up.ino.Load()
+}
+
 // Close closes the directory.
 func (d *Dir) Close() error {
 	d.mu.Lock()
@@ -67,7 +80,19 @@ func (d *Dir) Close() error {
 	return nil
 }
 
-func (d *Dir) reset() { d.list, d.order, d.read, d.pure = nil, nil, false, 0 }
+func (d *Dir) reset() { d.list, d.order, d.read, d.pure, d.ended = nil, nil, false, 0, false }
+
+// Ended reports whether the last Read came to the end. The names are given up
+// then: who asks what comes behind the end, as all do who read a directory, is told
+// without another look, unless names have changed.
+func (d *Dir) Ended() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.ended {
+		d.list, d.order = nil, nil
+	}
+	return d.ended
+}
 
 // Fsync flushes the directory's names.
 func (d *Dir) Fsync() error {
@@ -165,6 +190,9 @@ func (d *Dir) walk(off uint64, f func(*dirItem) (bool, error)) error {
 	if d.node == nil {
 		return syscall.EBADF
 	}
+	if d.ended && off >= d.end && d.seen == d.node.dir.changed.Load() {
+		return nil
+	}
 	if off == 0 && d.read || d.list == nil {
 		d.reset()
 		if d.node.has(isDead) {
@@ -176,6 +204,7 @@ func (d *Dir) walk(off uint64, f func(*dirItem) (bool, error)) error {
 		}
 	}
 	n := d.node
+	d.ended = false
 	at := sort.Search(len(d.order), func(i int) bool { return d.order[i].cookie >= off })
 	for ; at < len(d.order); at++ {
 		e := &d.list.items[d.order[at].item]
@@ -191,6 +220,10 @@ func (d *Dir) walk(off uint64, f func(*dirItem) (bool, error)) error {
 		if at == d.pure && !i.below {
 			d.pure++
 		}
+	}
+	d.ended, d.end = true, 0
+	if len(d.order) > 0 {
+		d.end = d.order[len(d.order)-1].cookie + 1
 	}
 	return nil
 }

@@ -1,6 +1,7 @@
 package sys
 
 import (
+	"bytes"
 	"syscall"
 	"unsafe"
 
@@ -117,6 +118,39 @@ func OpenBare(dir int, name string, flags int, mode uint32) (int, error) {
 		}
 		if e != unix.EINTR {
 			return -1, bare(e)
+		}
+	}
+}
+
+// ExistsBelowBare tells by one call whether the directory name below dir has the
+// name sub; neither is followed if it is a symlink. An error says that there is no
+// telling this way: openat2(2) is not there (before Linux 5.6, or a sandbox's no),
+// or somebody has put a symlink in the directory's place.
+func ExistsBelowBare(dir int, name, sub string) (bool, error) {
+	var c [2 * len(cname{})]byte
+	n := len(name) + 1 + len(sub)
+	if n >= len(c) {
+		return false, unix.ENAMETOOLONG
+	}
+	copy(c[:], name)
+	c[len(name)] = '/'
+	copy(c[len(name)+1:], sub)
+	if bytes.IndexByte(c[:n], 0) >= 0 {
+		return false, unix.EINVAL
+	}
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_NOFOLLOW | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_BENEATH}
+	for {
+		fd, _, e := unix.Syscall6(unix.SYS_OPENAT2, uintptr(dir), uintptr(unsafe.Pointer(&c)), uintptr(unsafe.Pointer(&how)),
+			unsafe.Sizeof(how), 0, 0)
+		switch e {
+		case 0:
+			CloseBare(int(fd))
+			return true, nil
+		case unix.ENOENT:
+			return false, nil
+		case unix.EINTR:
+		default:
+			return false, bare(e)
 		}
 	}
 }

@@ -87,6 +87,29 @@ func TestBareNamesAndStat(t *testing.T) {
 
 // TestBareOnPathDescriptors: what takes "" works on O_PATH descriptors of every
 // type, symlinks too.
+// One call sees below a directory, and never through a symlink.
+func TestBareExistsBelow(t *testing.T) {
+	path, _, dir := bareDir(t, "tmpfs")
+	must(t, os.Mkdir(path+"/d", 0o700))
+	must(t, os.Symlink("nowhere", path+"/d/there"))
+	must(t, os.Symlink("d", path+"/l"))
+	must(t, os.WriteFile(path+"/f", nil, 0o600))
+	for _, c := range []struct {
+		name, sub string
+		want      bool
+		err       error
+	}{
+		{"d", "there", true, nil}, {"d", "none", false, nil}, {"none", "x", false, nil},
+		{"l", "there", false, syscall.ELOOP}, {"f", "x", false, syscall.ENOTDIR},
+		{"d", "a\x00b", false, syscall.EINVAL}, {strings.Repeat("n", 300), strings.Repeat("n", 300), false, syscall.ENAMETOOLONG},
+	} {
+		got, err := sys.ExistsBelowBare(dir.Int(), c.name, c.sub)
+		if got != c.want || err != c.err {
+			t.Errorf("%.9q below %.9q: %v, %v; want %v, %v", c.sub, c.name, got, err, c.want, c.err)
+		}
+	}
+}
+
 func TestBareOnPathDescriptors(t *testing.T) {
 	_, _, dir := bareDir(t, "tmpfs")
 	d := dir.Int()
@@ -405,6 +428,7 @@ func TestBareCallsAllocateNothing(t *testing.T) {
 	}
 	var s sys.Stat
 	check("stat", func() error { return sys.StatBare(d, "f", &s) }, nil)
+	check("exists below", func() error { _, err := sys.ExistsBelowBare(d, "none", "x"); return err }, nil)
 	check("stat of none", func() error { return sys.StatBare(d, "none", &s) }, syscall.ENOENT)
 	check("open", func() error {
 		n, err := sys.OpenBare(d, "f", sys.O_PATH, 0)
