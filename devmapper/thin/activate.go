@@ -86,7 +86,9 @@ func (c *Change) renew() error {
 		if err != nil {
 			return err
 		}
-		err = f.Truncate(size)
+		if err = f.Truncate(size); err == nil && name == metadataFile {
+			err = allocate(f, size)
+		}
 		if err == nil {
 			err = f.Sync()
 		}
@@ -96,6 +98,17 @@ func (c *Change) renew() error {
 		}
 	}
 	return p.root.Sync()
+}
+
+// allocate takes the space for a metadata file at once, where the file system can: the
+// kernel stops a pool whose metadata it cannot write, and only thin_check lets it go
+// on.
+func allocate(f *sys.Fd, size int64) error {
+	err := f.Allocate(size)
+	if errors.Is(err, syscall.EOPNOTSUPP) {
+		return nil
+	}
+	return err
 }
 
 // firstDataBytes is what was asked for, or 10 GiB, or nine tenths of what is free.

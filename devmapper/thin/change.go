@@ -46,7 +46,10 @@ const MaxID = 1<<24 - 1
 // message sends the pool one; the pool's metadata is committed when it returns.
 func (c *Change) message(format string, args ...any) error {
 	p := c.pool
-	_, err := p.ctl.Message(p.name, 0, fmt.Sprintf(format, args...))
+	err := p.running(func() error {
+		_, err := p.ctl.Message(p.name, 0, fmt.Sprintf(format, args...))
+		return err
+	})
 	if err == nil { // the kernel does not tell that a commit went wrong
 		return p.healthy()
 	}
@@ -141,7 +144,7 @@ func (p *Pool) loadThin(v Volume) error {
 		return err
 	}
 	t := dm.Target{Length: v.Sectors, Type: "thin", Params: fmt.Sprintf("%s %d", pool.Dev, v.ID)}
-	return p.ctl.Load(v.Name, []dm.Target{t}, v.ReadOnly)
+	return p.running(func() error { return p.ctl.Load(v.Name, []dm.Target{t}, v.ReadOnly) })
 }
 
 // node makes the device's node where udev does not.

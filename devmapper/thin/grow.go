@@ -123,12 +123,21 @@ func (p *Pool) growFile(name string, loop *sys.Fd) (short, err error) {
 		return nil, err
 	}
 	room := free - keepFree - max(0, st.Size-st.Blocks*sector)
-	step := min(max(st.Size/2, leastStep), room) / p.rec.Block * p.rec.Block
+	step := max(st.Size/2, leastStep)
+	if name == metadataFile {
+		step = st.Size / 2
+	}
+	step = min(step, room) / p.rec.Block * p.rec.Block
 	if step <= 0 {
 		return fmt.Errorf("%s cannot grow, %d bytes are free on its file system: %w", f.Name(), free, errNoSpace), nil
 	}
 	if err := f.Truncate(st.Size + step); err != nil {
 		return nil, err
+	}
+	if name == metadataFile {
+		if err := allocate(f, st.Size+step); err != nil {
+			return nil, err
+		}
 	}
 	if err := f.Sync(); err != nil { // or after a cut the pool is larger than its file
 		return nil, err
@@ -162,6 +171,17 @@ func (p *Pool) reload(s Status, data, metadata *sys.Fd, full Policy) error {
 		return err
 	}
 	return p.resume(context.Background(), p.name)
+}
+
+// running calls f while nobody grows the pool: the kernel opens no thin device in one
+// that is suspended for that.
+func (p *Pool) running(f func() error) error {
+	lock, err := sys.WaitLock(p.path(growLock), sys.O_RDWR|sys.O_CREAT, sys.LockShared)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	return f()
 }
 
 // openBlock opens a block device by its number.

@@ -22,7 +22,7 @@ type Options struct {
 	// directory, which grow.
 	Data, Metadata string
 	// DataBytes and MetadataBytes are the first sizes of files. 0: 10 GiB, or what
-	// is free; 64 MiB.
+	// is free; 16 MiB, which are allocated at once.
 	DataBytes, MetadataBytes int64
 	// BlockBytes is the pool's unit: 64 KiB (0) to 1 GiB, a multiple of that.
 	BlockBytes int64
@@ -35,7 +35,7 @@ const (
 	defaultBlock    = 64 << 10
 	mostBlock       = 1 << 30
 	defaultData     = 10 << 30
-	defaultMetadata = 64 << 20
+	defaultMetadata = 16 << 20
 	leastData       = 16 << 20
 )
 
@@ -96,7 +96,9 @@ type Pool struct {
 
 	mu    sync.Mutex // one Exclusive at a time in this process
 	claim uint64     // guarded by mu: the number of our last Claim
-	users *sys.Lock
+
+	opened bool // immutable once open: the pool's device is there, or was
+	users  *sys.Lock
 
 	stop    context.CancelFunc
 	stopped chan struct{} // closed when the watcher has ended
@@ -141,6 +143,7 @@ func (p *Pool) open(ctx context.Context, o Options) (err error) {
 	if err = p.Exclusive(ctx, func(c *Change) error { return c.start(ctx, o) }); err != nil {
 		return err
 	}
+	p.opened = true
 	return p.watch()
 }
 
@@ -243,7 +246,14 @@ func (p *Pool) Explain() error {
 	if err != nil {
 		return err
 	}
-	return s.Explain(p.name, p.MetadataPath())
+	if err := s.Explain(p.name, p.MetadataPath()); err != nil || !p.rec.onFiles() {
+		return err
+	}
+	free, err := freeBytes(p.root)
+	if err == nil && free < p.rec.Block {
+		err = fmt.Errorf("the file system that pool %s has its files on (%s) is full: %w", p.name, p.dir, errdefs.ErrResourceExhausted)
+	}
+	return err
 }
 
 // Flush has the kernel commit what it has of the pool's metadata in memory, and
@@ -283,7 +293,7 @@ func (p *Pool) Close() (err error) {
 // leave takes the pool away if nobody else uses it.
 func (p *Pool) leave() error {
 	p.users.Close()
-	p.users = nil
+	p.users, p.opened = nil, false
 	last, err := sys.LockFile(p.path(usersFile), sys.LockExclusive)
 	if sys.IsLocked(err) {
 		return nil
@@ -316,7 +326,13 @@ func (p *Pool) Exclusive(ctx context.Context, f func(c *Change) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	return f(&Change{p, lock.Fd()})
+	c := &Change{p, lock.Fd()}
+	if _, err := p.ctl.Info(p.name); isGone(err) && p.opened { // removed behind our back
+		if err := c.activatePool(ctx); err != nil {
+			return err
+		}
+	}
+	return f(c)
 }
 
 var errBusy = fmt.Errorf("somebody has it open: %w", errdefs.ErrFailedPrecondition)
