@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -64,8 +65,8 @@ func (d *driver) wrap(op string, id drivers.ID, err error) error {
 		return nil
 	}
 	var errno syscall.Errno
-	if errors.As(err, &errno) && (errno == syscall.EIO || errno == syscall.ENOSPC || errno == syscall.EROFS) && !errdefs.IsResourceExhausted(err) {
-		if why := d.pool.Explain(); why != nil {
+	if errors.As(err, &errno) && (errno == syscall.EIO || errno == syscall.ENOSPC || errno == syscall.EROFS) {
+		if why := d.pool.ExplainWrite(); why != nil && !strings.Contains(err.Error(), why.Error()) {
 			err = fmt.Errorf("%w: %w", why, words{err})
 		}
 	}

@@ -487,7 +487,7 @@ func TestPoolFullInApply(t *testing.T) {
 		free    int64
 		words   string
 	}{
-		"pool": {map[string]string{"data-size": "32MiB", "full": "error"}, 44 * mib, "no free data block"},
+		"pool": {map[string]string{"data-size": "32MiB", "full": "error"}, 40 * mib, "no free data block"},
 		"disk": {nil, 4 * mib, "is full"},
 	} {
 		t.Run(name, func(t *testing.T) {

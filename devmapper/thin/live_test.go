@@ -271,6 +271,9 @@ func TestFullPoolSaysSo(t *testing.T) {
 		b.wantByte(v, 0, 'x')
 		b.check(os.Remove(dir + "/ballast"))
 		b.check(p.Grow())
+		if err := p.ExplainWrite(); err == nil || p.Explain() != nil || !strings.Contains(err.Error(), "a moment ago") {
+			t.Errorf("%s, just grown: %v", full, err)
+		}
 		if s := b.status(p); s.Mode != ReadWrite || s.Policy != full {
 			t.Errorf("%s, with room again: %+v", full, s)
 		}

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -96,6 +98,8 @@ type Pool struct {
 
 	mu    sync.Mutex // one Exclusive at a time in this process
 	claim uint64     // guarded by mu: the number of our last Claim
+
+	full atomic.Int64 // when the pool was last seen without a free block, in Unix seconds
 
 	opened bool // immutable once open: the pool's device is there, or was
 	users  *sys.Lock
@@ -237,8 +241,15 @@ func (p *Pool) Status() (Status, error) {
 	if len(t) != 1 || t[0].Type != "thin-pool" {
 		return Status{}, fmt.Errorf("%s is no thin pool: %w", p.name, errdefs.ErrFailedPrecondition)
 	}
-	return ParseStatus(t[0].Params)
+	s, err := ParseStatus(t[0].Params)
+	if err == nil && (s.Mode == OutOfData || s.DataUsed == s.DataTotal) {
+		p.full.Store(time.Now().Unix())
+	}
+	return s, err
 }
+
+// fullFor is how long a pool that was full, and has grown since, is why a write failed.
+const fullFor = 60 * time.Second
 
 // Explain says in words what is wrong with the pool; nil if nothing is.
 func (p *Pool) Explain() error {
@@ -252,6 +263,16 @@ func (p *Pool) Explain() error {
 	free, err := freeBytes(p.root)
 	if err == nil && free < p.rec.Block {
 		err = fmt.Errorf("the file system that pool %s has its files on (%s) is full: %w", p.name, p.dir, errdefs.ErrResourceExhausted)
+	}
+	return err
+}
+
+// ExplainWrite is Explain for a write to a thin device that was an error: it says, too,
+// what was wrong a moment ago.
+func (p *Pool) ExplainWrite() error {
+	err := p.Explain()
+	if err == nil && time.Since(time.Unix(p.full.Load(), 0)) < fullFor {
+		return fmt.Errorf("pool %s had no free data block a moment ago; it has grown since: %w", p.name, errdefs.ErrResourceExhausted)
 	}
 	return err
 }
