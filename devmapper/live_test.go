@@ -18,6 +18,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/devmapper/metadata"
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/faults"
@@ -137,15 +138,15 @@ func (b *bench) thins() (ids []uint32) {
 	s, err := b.pool.Snapshot(context.Background())
 	b.check(err)
 	defer s.Release()
-	f, err := sys.Open(s.Path, sys.O_RDONLY, 0)
-	b.check(err)
-	defer f.Close()
-	m, err := openMetadata(f)
-	b.check(err)
-	for dev, err := range m.Devices() {
-		b.check(err)
-		ids = append(ids, uint32(dev.ID))
-	}
+	b.check(withMetadata(s, func(m *metadata.Pool) error {
+		for dev, err := range m.Devices() {
+			if err != nil {
+				return err
+			}
+			ids = append(ids, uint32(dev.ID))
+		}
+		return nil
+	}))
 	return ids
 }
 
@@ -341,8 +342,8 @@ func (d *driver) lives(ctx context.Context, c child) error {
 		if err := d.Create(ctx, r, drivers.CreateOptions{}); err != nil {
 			return err
 		}
-		err := d.lookAt(ctx, r, func(dir string) error {
-			if b, err := os.ReadFile(dir + "/base"); err != nil || string(b) != "base" {
+		err := d.lookAt(ctx, r, func(s seen) error {
+			if b, err := os.ReadFile(s.path + "/base"); err != nil || string(b) != "base" {
 				return fmt.Errorf("%q, %w", b, err)
 			}
 			return nil
@@ -665,4 +666,43 @@ func TestPoolOfAnotherSize(t *testing.T) {
 		}
 	})
 	b.remove(1)
+}
+
+// A diff asks for the names that changed blocks lead to, not for all; one of nothing
+// but a view's, too, and of a layer that is mounted and being written.
+func TestDiffIsByBlocks(t *testing.T) {
+	b := newBench(t, 512*mib, nil)
+	base := b.create(1)
+	b.edit(base, func(dir string) {
+		for i := range 2000 {
+			b.check(os.MkdirAll(fmt.Sprintf("%s/d%d", dir, i%50), 0o755))
+			b.check(os.WriteFile(fmt.Sprintf("%s/d%d/f%d", dir, i%50, i), []byte("x"), 0o644))
+		}
+	})
+	b.commit(base)
+	child := b.create(2, 1)
+	dir, unmount := b.mount(child)
+	for i := range 10 {
+		b.check(os.WriteFile(fmt.Sprintf("%s/d7/f%d", dir, 7+50*i), []byte("changed"), 0o644))
+	}
+	b.check(os.Remove(dir + "/d8/f8"))
+	b.check(b.lookAt(t.Context(), base, func(from seen) error {
+		return b.lookAt(t.Context(), child, func(to seen) error {
+			c, err := b.candidates(t.Context(), from.volume, to.volume)
+			if err != nil || c.Len() < 12 || c.Len() > 40 {
+				t.Errorf("%d candidates, %v; want some 14 of 2050", c.Len(), err)
+			}
+			return nil
+		})
+	}))
+	changes := 0
+	for _, err := range b.Diff(t.Context(), base, child) {
+		b.check(err)
+		changes++
+	}
+	if changes != 12 { // and the directory d8
+		t.Errorf("%d changes, want 12", changes)
+	}
+	unmount()
+	b.remove(2, 1)
 }

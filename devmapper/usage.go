@@ -8,7 +8,6 @@ import (
 	"github.com/layerctl/layerctl/devmapper/metadata"
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
-	"github.com/layerctl/layerctl/internal/sys"
 )
 
 // Usage is the blocks that the layer does not share with its parent, by a comparison
@@ -56,28 +55,30 @@ func (d *driver) measure(ctx context.Context, r drivers.Ref, thinID uint32) (u d
 }
 
 // exclusive reads a metadata snapshot.
-func exclusive(s *thin.Snapshot, id, below metadata.ID) (uint64, error) {
-	f, err := sys.Open(s.Path, sys.O_RDONLY, 0)
+func exclusive(s *thin.Snapshot, id, below metadata.ID) (blocks uint64, err error) {
+	err = withMetadata(s, func(m *metadata.Pool) error {
+		blocks, err = m.Exclusive(id, below)
+		return err
+	})
+	return blocks, err
+}
+
+// withMetadata calls f with what a metadata snapshot holds.
+func withMetadata(s *thin.Snapshot, f func(m *metadata.Pool) error) error {
+	file, err := metadata.OpenFile(s.Path)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	defer f.Close()
-	st, err := f.Stat("")
-	if err == nil && st.Type() == sys.S_IFBLK { // the kernel writes past the cache
-		err = f.DropBuffers()
-	}
+	defer file.Close()
+	m, err := openMetadata(file)
 	if err != nil {
-		return 0, err
+		return err
 	}
-	m, err := openMetadata(f)
-	if err != nil {
-		return 0, err
-	}
-	return m.Exclusive(id, below)
+	return f(m)
 }
 
 // openMetadata reads the superblock, which the kernel may be writing.
-func openMetadata(f *sys.Fd) (m *metadata.Pool, err error) {
+func openMetadata(f *metadata.File) (m *metadata.Pool, err error) {
 	const tries = 10
 	for range tries {
 		if m, err = metadata.Open(f); err == nil {

@@ -254,7 +254,7 @@ func (b *bench) drop(p *Pool, v Volume) {
 func TestFullPoolSaysSo(t *testing.T) {
 	b := newBench(t)
 	for _, full := range []Policy{Error, Queue} {
-		dir := b.fileSystem(64 * mib)
+		dir := b.fileSystem(80 * mib)
 		p := b.open(dir, Options{DataBytes: 16 * mib, Full: full})
 		v := b.volume(p, 0)
 		b.check(os.WriteFile(dir+"/ballast", []byte(strings.Repeat("b", 28*mib)), 0o600))
