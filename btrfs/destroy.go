@@ -96,7 +96,7 @@ func (r destroyer) subvolume(dir *sys.Fd, name string) error {
 		}
 		err = r.byHand(dir, s, name)
 	}
-	if err == nil { // or it stays for ever, before Linux 6.11; without quota there is none
+	if err == nil { // or it may stay for ever; without quota there is none
 		if err := ioctl.DestroyQgroup(dir, number); errors.Is(err, syscall.EBUSY) && r.kept != nil {
 			r.kept(number)
 		}

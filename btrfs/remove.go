@@ -44,6 +44,7 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 			return err
 		}
 	}
+	_ = d.dropQgroups(someQgroups) // of earlier ones
 	return nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strconv"
 	"strings"
@@ -34,7 +35,7 @@ func (d *driver) WaitFreed(ctx context.Context) error {
 		if err := waitFreed(ctx, root); err != nil {
 			return err
 		}
-		return d.dropQgroups()
+		return d.dropQgroups(math.MaxInt)
 	})
 }
 
@@ -68,28 +69,26 @@ func waitFreed(ctx context.Context, root *sys.Fd) error {
 }
 
 // qgroupPrefix begins the names, in del, of the subvolumes whose qgroup is still to
-// be dropped: simple quotas count a deleted subvolume for as long as it has blocks.
+// be dropped. It stays for as long as the subvolume has blocks, and then the kernel
+// drops it, or not: before Linux 6.11, and with simple quotas while a snapshot has
+// blocks that it wrote.
 const qgroupPrefix = ".qgroup-"
 
 // noteQgroup notes a subvolume whose qgroup the kernel keeps for now. Without the
 // note it stays, and counts nothing.
 func (d *driver) noteQgroup(subvol uint64) {
-	root, err := sys.OpenDir(d.root)
-	if err != nil {
-		return
-	}
-	defer root.Close()
-	if mode, _, err := ioctl.Quota(root); err != nil || mode != ioctl.QuotaSimple {
-		return // qgroups go with the subvolume
-	}
-	f, err := root.Openat(deletedDir+"/"+qgroupPrefix+strconv.FormatUint(subvol, 10), sys.O_WRONLY|sys.O_CREAT, 0o600)
+	f, err := sys.Open(d.root+"/"+deletedDir+"/"+qgroupPrefix+strconv.FormatUint(subvol, 10), sys.O_WRONLY|sys.O_CREAT|sys.O_NOFOLLOW, 0o600)
 	if err == nil {
 		f.Close()
 	}
 }
 
-// dropQgroups drops the noted ones that count nothing any more.
-func (d *driver) dropQgroups() error {
+// someQgroups is how many notes a removal looks at, which makes two at most.
+const someQgroups = 4
+
+// dropQgroups looks at some of the noted ones and drops those that count nothing any
+// more.
+func (d *driver) dropQgroups(some int) error {
 	del, err := d.open(deletedDir)
 	if err != nil {
 		return err
@@ -104,6 +103,9 @@ func (d *driver) dropQgroups() error {
 		subvol, err := strconv.ParseUint(text, 10, 64)
 		if !ours || err != nil {
 			continue
+		}
+		if some--; some < 0 {
+			return nil
 		}
 		switch err := ioctl.DestroyQgroup(del, subvol); {
 		case err == nil, errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ENOTCONN):

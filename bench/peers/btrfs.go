@@ -138,6 +138,11 @@ func btrfsChild(ctx context.Context, s snapshots.Snapshotter) error {
 	if err != nil {
 		return err
 	}
+	// Once more in the same process, which has an ID at hand now.
+	err = timed("prepare again", func() error { _, err := s.Prepare(ctx, "again", "base"); return err })
+	if err != nil {
+		return err
+	}
 	err = mount.WithTempMount(ctx, ms, func(root string) error {
 		for i := 0; i < diffFiles; i += diffFiles / diffChanged {
 			p := filepath.Join(root, fmt.Sprintf("d%d/e%d/f%d", i/10000, i/100, i))
@@ -155,14 +160,8 @@ func btrfsChild(ctx context.Context, s snapshots.Snapshotter) error {
 		timed("diff", func() error { return diffOf(ctx, s, ms) }),
 		timed("commit", func() error { return s.Commit(ctx, "done", "work") }),
 		timed("remove child", func() error { return removed(ctx, s, "done") }),
-		again(ctx, s),
+		removed(ctx, s, "again"),
 	)
-}
-
-// again prepares once more in the same process, which has an ID at hand then.
-func again(ctx context.Context, s snapshots.Snapshotter) error {
-	err := timed("prepare again", func() error { _, err := s.Prepare(ctx, "again", "base"); return err })
-	return errors.Join(err, removed(ctx, s, "again"))
 }
 
 // diffOf writes the layer of the child as a tar and takes its digest.

@@ -125,9 +125,9 @@ func decodeQgroup(b []byte) (QgroupUsage, error) {
 	return QgroupUsage{Referenced: le.Uint64(b[8:]), Exclusive: le.Uint64(b[24:])}, nil
 }
 
-// DestroyQgroup drops the qgroup of a subvolume that is deleted. Since Linux 6.11
-// the kernel does that itself when the subvolume's blocks are free, and says EBUSY
-// until then.
+// DestroyQgroup drops the qgroup of a subvolume that is deleted. EBUSY until the
+// subvolume's blocks are free (in 6.1's stable series, too), when Linux 6.11 does it
+// by itself, but for one that simple quotas still count something for.
 func DestroyQgroup(fd *sys.Fd, subvol uint64) error {
 	b := make([]byte, 16) // struct btrfs_ioctl_qgroup_create_args: u64 create, u64 qgroupid
 	le.PutUint64(b[8:], subvol)
