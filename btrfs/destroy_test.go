@@ -3,8 +3,10 @@ package btrfs
 import (
 	"errors"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -12,6 +14,7 @@ import (
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
 )
 
 // deepSubvolumes makes a subvolume that no path of 4096 bytes reaches, and a
@@ -168,4 +171,61 @@ func TestUsageByQuotaOfALayerThatSomebodySnapshotted(t *testing.T) {
 		}
 		h.must(errors.Join(ioctl.Destroy(root, "his"), h.d.Remove(h.ctx, r.ID)))
 	})
+}
+
+// afterCut mounts what a power cut at this moment would leave of a file system, and
+// returns what is in a directory of it.
+func afterCut(h *history, fs, dir string) []string {
+	h.Helper()
+	scratch := testenv.Scratch(h.T)
+	image, at := scratch+"/image", scratch+"/m"
+	out, err := exec.Command("cp", "--sparse=always", testenv.Image(fs), image).CombinedOutput()
+	if err != nil {
+		h.Fatalf("%v: %s", err, out)
+	}
+	h.must(os.Mkdir(at, 0o755))
+	loop, err := sys.AttachLoop(image, sys.LoopOptions{Autoclear: true})
+	h.must(err)
+	defer loop.Close()
+	err = sys.Mount(loop.Name(), at, "btrfs", 0, "")
+	if errors.Is(err, syscall.EEXIST) {
+		testenv.Optional(h.T, "kernels before 6.7 mount no copy of a btrfs beside it")
+	}
+	h.must(err)
+	ents, err := os.ReadDir(at + "/" + dir)
+	h.must(errors.Join(err, sys.Umount(at, 0)))
+	testenv.CheckBtrfs(h.T, image)
+	var names []string
+	for _, e := range ents {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// A layer that was removed does not come back; one of which nothing was flushed
+// does.
+func TestRemoveSurvivesAPowerCut(t *testing.T) {
+	testenv.Leaks(t)
+	fs := testenv.FS(t, "btrfs", testenv.Size(256<<20), testenv.MountOptions("commit=300"))
+	h := newHistory(t, fs+"/r")
+	base := h.script(drivers.Ref{}, "echo 1 >f")
+	for range 3 {
+		child := h.script(base, "echo 2 >f; mkdir d; echo 3 >d/g")
+		h.must(h.d.SyncUsage(h.ctx))
+		layers, err := h.d.open(layersDir)
+		h.must(err)
+		h.must(h.d.destroyer(h.ctx).layer(layers, child.ID.String()))
+		layers.Close()
+		if names := afterCut(h, fs, "r/l"); !slices.Contains(names, child.ID.String()) {
+			t.Errorf("deleted and not flushed: %v, want %s to be there: this test sees no power cut", names, child.ID)
+		}
+		child = h.script(base, "echo 2 >f; mkdir d; echo 3 >d/g")
+		h.must(h.d.SyncUsage(h.ctx))
+		h.must(h.d.Remove(h.ctx, child.ID))
+		for _, dir := range []string{"r/l", "r/del"} {
+			if names := afterCut(h, fs, dir); slices.Contains(names, child.ID.String()) {
+				t.Errorf("removed, and after the cut in %s: %v", dir, names)
+			}
+		}
+	}
 }

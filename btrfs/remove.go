@@ -78,7 +78,9 @@ func (d *driver) discard(ctx context.Context, id drivers.ID) error {
 
 // empty deletes ID in one of the root's directories, and waits until that is on
 // the disk: else a power cut would bring back a layer that the store has
-// forgotten.
+// forgotten. An fsync of a directory in which a subvolume, or the directory of one,
+// was deleted commits the transaction, here and now. START_SYNC leaves that to a
+// kernel thread, which sleeps for 30 s if it was woken a moment too early.
 func (d *driver) empty(ctx context.Context, name string, id drivers.ID) error {
 	dir, err := d.open(name)
 	if err != nil {
@@ -92,7 +94,7 @@ func (d *driver) empty(ctx context.Context, name string, id drivers.ID) error {
 	if err := d.destroyer(ctx).layer(dir, id.String()); err != nil {
 		return err
 	}
-	return ioctl.Sync(dir)
+	return dir.Sync()
 }
 
 // refuseForeign refuses to delete what somebody put beside the subvolumes of a

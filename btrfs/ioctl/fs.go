@@ -12,7 +12,9 @@ const (
 	BTRFS_IOC_FS_INFO    = 0x8400941f // _IOR 31, struct btrfs_ioctl_fs_info_args
 )
 
-// StartSync begins the commit of the running transaction and returns its number.
+// StartSync begins the commit of the running transaction and returns its number. A
+// kernel thread commits, and it may not hear: when several ask, some have been seen
+// to wait here for the next periodic commit, 30 s (6.18).
 func StartSync(fd *sys.Fd) (uint64, error) {
 	b := make([]byte, 8)
 	err := fd.Ioctl("BTRFS_IOC_START_SYNC", BTRFS_IOC_START_SYNC, b)
@@ -27,7 +29,7 @@ func WaitSync(fd *sys.Fd, transaction uint64) error {
 }
 
 // Sync puts the running transaction on the disk: names, metadata and deletions,
-// not the data of files that nobody flushed.
+// not the data of files that nobody flushed. See StartSync.
 func Sync(fd *sys.Fd) error {
 	t, err := StartSync(fd)
 	if err != nil {
