@@ -90,6 +90,9 @@ func (r destroyer) subvolume(dir *sys.Fd, name string) error {
 			err = ioctl.Destroy(dir, name)
 		}
 	}
+	if errors.Is(err, syscall.EPERM) && unprotect(s) == nil {
+		err = ioctl.Destroy(dir, name)
+	}
 	if errors.Is(err, syscall.EPERM) {
 		if _, no := ioctl.Deleted(dir); no == nil { // who may see that may delete
 			return fmt.Errorf("subvolume %d is being sent, or is what this file system mounts by default: %w: %w", number, errdefs.ErrFailedPrecondition, err)
@@ -102,6 +105,19 @@ func (r destroyer) subvolume(dir *sys.Fd, name string) error {
 		}
 	}
 	return err
+}
+
+// unprotect takes what chattr +i or +a gave a subvolume's own directory away, by
+// which it could not be deleted.
+func unprotect(s *sys.Fd) error {
+	st, err := s.Stat("")
+	if err != nil || st.Attributes&(sys.STATX_ATTR_IMMUTABLE|sys.STATX_ATTR_APPEND) == 0 {
+		return err
+	}
+	if err := ioctl.SetReadOnly(s, false); err != nil {
+		return err
+	}
+	return s.Unprotect("")
 }
 
 // children deletes the subvolumes in a subvolume.

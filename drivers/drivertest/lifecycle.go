@@ -13,6 +13,7 @@ import (
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/kprobe"
+	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/layer"
 )
 
@@ -37,6 +38,8 @@ var lifecycleCases = []testCase{
 	{"apply only onto writable layers", applyOnlyWritable},
 	{"remove is idempotent", removeIdempotent},
 	{"remove of each state", removeEachState},
+	{"remove of protected files", removeProtected},
+	{"remove of a deep tree", removeDeep},
 	{"an ID after its removal", createAgain},
 	{"closed and opened again", reopen},
 	{"close leaves mounts in place", closeLeavesMounts},
@@ -120,13 +123,13 @@ func (k *kit) wantRoot(dir string, uid, gid uint32) {
 	k.Helper()
 	st, err := os.Stat(dir)
 	k.check(err)
-	sys := st.Sys().(*syscall.Stat_t)
-	if sys.Mode&0o7777 != 0o755 || sys.Uid != uid || sys.Gid != gid {
-		k.Errorf("root is %04o %d:%d, want 0755 %d:%d", sys.Mode&0o7777, sys.Uid, sys.Gid, uid, gid)
+	raw := st.Sys().(*syscall.Stat_t)
+	if raw.Mode&0o7777 != 0o755 || raw.Uid != uid || raw.Gid != gid {
+		k.Errorf("root is %04o %d:%d, want 0755 %d:%d", raw.Mode&0o7777, raw.Uid, raw.Gid, uid, gid)
 	}
 	// or a layer whose archive does not name its root would be another each time
-	if sys.Mtim != (syscall.Timespec{}) {
-		k.Errorf("root's mtime is %v, want 0", sys.Mtim)
+	if raw.Mtim != (syscall.Timespec{}) {
+		k.Errorf("root's mtime is %v, want 0", raw.Mtim)
 	}
 	names, err := os.ReadDir(dir)
 	k.check(err)
@@ -311,6 +314,71 @@ func removeEachState(k *kit) {
 		k.same("the parent after its child's removal", k.tree(base), want)
 	}
 	k.check(k.driver.Remove(k.ctx, base.ID))
+	if ids := k.ids(); len(ids) > 0 {
+		k.Errorf("IDs() has %v", ids)
+	}
+}
+
+// removeProtected: what chattr made immutable or append-only, root's own directory
+// among it, is removed like the rest. A layer without parents is mounted by a bind,
+// so the flags are on its very files.
+func removeProtected(k *kit) {
+	if !k.fs.privileged {
+		k.Skip("protecting a file needs root")
+	}
+	r := k.layer(drivers.Ref{}, func(dir string) {
+		k.check(os.MkdirAll(dir+"/d/immutable/e", 0o755))
+		k.check(os.MkdirAll(dir+"/d/append/e", 0o755))
+		for _, f := range []string{"link", "d/immutable/f", "d/immutable/e/f", "d/append/f"} {
+			k.check(os.WriteFile(dir+"/"+f, []byte("x"), 0o644))
+		}
+		k.check(os.Link(dir+"/link", dir+"/d/link"))
+		for path, flag := range map[string]uint32{
+			"d/immutable/f": sys.FS_IMMUTABLE_FL, "d/immutable/e": sys.FS_IMMUTABLE_FL, "d/immutable": sys.FS_IMMUTABLE_FL,
+			"d/append/f": sys.FS_APPEND_FL, "d/append": sys.FS_APPEND_FL, "link": sys.FS_IMMUTABLE_FL, ".": sys.FS_APPEND_FL,
+		} {
+			k.protect(dir+"/"+path, flag)
+		}
+	})
+	want := k.tree(r)
+	child := k.layer(r, func(dir string) { k.check(os.Chmod(dir+"/d", 0o700)) })
+	k.check(k.driver.Remove(k.ctx, child.ID))
+	k.same("the parent after its child's removal", k.tree(r), want)
+	k.check(k.driver.Remove(k.ctx, r.ID))
+	if ids := k.ids(); len(ids) > 0 {
+		k.Errorf("IDs() has %v", ids)
+	}
+}
+
+// protect adds an inode flag.
+func (k *kit) protect(path string, flag uint32) {
+	k.Helper()
+	f, err := os.Open(path)
+	k.check(err)
+	defer f.Close()
+	flags, err := sys.FlagsBare(int(f.Fd()))
+	if errors.Is(err, syscall.ENOTTY) {
+		k.Skip("the file system has no inode flags")
+	}
+	k.check(err)
+	k.check(sys.SetFlagsBare(int(f.Fd()), flags|flag))
+}
+
+// removeDeep: a tree deeper than a removal may have descriptors open, with
+// directories that forbid their owner to write.
+func removeDeep(k *kit) {
+	r := k.layer(drivers.Ref{}, func(dir string) {
+		const depth = 650
+		k.check(os.MkdirAll(dir+strings.Repeat("/d", depth), 0o755))
+		for n := depth; n > 0; n -= 25 {
+			at := dir + strings.Repeat("/d", n)
+			k.check(os.WriteFile(at+"/f", nil, 0o400))
+			k.check(os.Mkdir(at+"/e", 0))
+			k.check(os.Chmod(at, 0o500))
+		}
+		k.check(os.Mkdir(dir+"/deep.1", 0o755)) // whatever the removal calls things
+	})
+	k.check(k.driver.Remove(k.ctx, r.ID))
 	if ids := k.ids(); len(ids) > 0 {
 		k.Errorf("IDs() has %v", ids)
 	}

@@ -319,5 +319,5 @@ func (d *driver) empty(ctx context.Context, name string, id drivers.ID) error {
 func deleteTree(ctx context.Context, dir *sys.Fd, name string) error {
 	r := &remover{crew: newCrew(ctx)}
 	defer r.close()
-	return r.remove(dir, name)
+	return r.remove(dir, name, 0)
 }

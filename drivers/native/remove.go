@@ -2,6 +2,7 @@ package native
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"sync/atomic"
 	"syscall"
@@ -10,78 +11,125 @@ import (
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
-// remover deletes one tree.
+// maxOpen is how deep a removal goes with a descriptor for each level.
+const maxOpen = 200
+
+// remover deletes one tree. What is deeper in it than maxOpen is moved up to the top.
 type remover struct {
 	*crew
+	top     *sys.Fd // the tree's own directory, once it is open
 	entries atomic.Int64
+	moved   atomic.Int64
 }
 
 // remove deletes name in dir with all below it; nil if it is not there.
-func (r *remover) remove(dir *sys.Fd, name string) error {
+func (r *remover) remove(dir *sys.Fd, name string, depth int) error {
 	err := dir.Unlink(name, 0)
+	if errors.Is(err, syscall.EPERM) {
+		err = retryUnprotected(dir, name, err)
+	}
 	switch {
 	case err == nil, errors.Is(err, syscall.ENOENT):
 		return nil
 	case errors.Is(err, syscall.EISDIR):
-		return r.tree(dir, name)
+		return r.tree(dir, name, depth)
 	}
 	return err
 }
 
-func (r *remover) tree(dir *sys.Fd, name string) error {
+func (r *remover) tree(dir *sys.Fd, name string, depth int) error {
+	if depth == maxOpen {
+		return r.moveUp(dir, name)
+	}
 	d, err := openForRemoval(dir, name)
 	if err != nil {
 		return err
 	}
 	defer d.Close()
+	if depth == 0 {
+		r.top = d
+	}
+	for {
+		moved := r.moved.Load()
+		if err := r.content(d, depth); err != nil {
+			return err
+		}
+		if depth > 0 || r.moved.Load() == moved {
+			return dir.Unlink(name, sys.AT_REMOVEDIR)
+		}
+	}
+}
+
+func (r *remover) content(d *sys.Fd, depth int) error {
 	names, err := d.ReadDir()
 	if err != nil {
 		return err
 	}
 	g := r.group()
 	for chunk := range slices.Chunk(names, chunkNames) {
-		g.do(func() error { return r.names(d, chunk) })
+		g.do(func() error { return r.names(d, chunk, depth+1) })
 	}
-	if err := g.wait(); err != nil {
+	return g.wait()
+}
+
+// moveUp renames a directory into the tree's top, which is read again then.
+func (r *remover) moveUp(dir *sys.Fd, name string) error {
+	if err := allow(dir, name); err != nil { // its ".." changes, so it must be writable itself
 		return err
 	}
-	return dir.Unlink(name, sys.AT_REMOVEDIR)
+	for {
+		err := dir.Rename(name, r.top, fmt.Sprintf("deep.%d", r.moved.Add(1)), sys.RENAME_NOREPLACE)
+		if !errors.Is(err, syscall.EEXIST) {
+			return err
+		}
+	}
+}
+
+// retryUnprotected unlinks what chattr +i or +a, on it or on its directory, made
+// refused: flags that a layer does not carry do not outlive it.
+func retryUnprotected(dir *sys.Fd, name string, refused error) error {
+	if errors.Join(dir.Unprotect(""), dir.Unprotect(name)) != nil {
+		return refused
+	}
+	return dir.Unlink(name, 0)
 }
 
 // openForRemoval opens a directory whose mode may forbid that to its owner.
 func openForRemoval(dir *sys.Fd, name string) (*sys.Fd, error) {
-	const flags = sys.O_RDONLY | sys.O_DIRECTORY
-	st, err := dir.Stat(name)
-	if err != nil {
+	if err := allow(dir, name); err != nil {
 		return nil, err
 	}
-	if st.Mode&0o700 != 0o700 {
-		if err := dir.ChmodAt(name, 0o700); err != nil {
-			return nil, err
-		}
-	}
-	return dir.Openat(name, flags, 0)
+	return dir.Openat(name, sys.O_RDONLY|sys.O_DIRECTORY, 0)
 }
 
-func (r *remover) names(d *sys.Fd, names []sys.Dirent) error {
+// allow gives the owner of a directory every right to it.
+func allow(dir *sys.Fd, name string) error {
+	st, err := dir.Stat(name)
+	if err != nil || st.Mode&0o700 == 0o700 {
+		return err
+	}
+	return dir.ChmodAt(name, 0o700)
+}
+
+func (r *remover) names(d *sys.Fd, names []sys.Dirent, depth int) error {
 	g := r.group()
 	for _, e := range names {
 		if g.err() != nil {
 			break
 		}
-		g.run(func() error { return r.name(g, d, e) })
+		g.run(func() error { return r.name(g, d, e, depth) })
 	}
 	return g.wait()
 }
 
 // name removes one name, a directory with a helper if one is free.
-func (r *remover) name(g *group, d *sys.Fd, e sys.Dirent) error {
+func (r *remover) name(g *group, d *sys.Fd, e sys.Dirent, depth int) error {
 	if n := r.entries.Add(1); n%progressStep == 0 {
 		drivers.ReportProgress(r.ctx, drivers.Progress{Step: "remove", Entries: n})
 	}
 	if e.Type != sys.S_IFDIR {
-		return r.remove(d, e.Name)
+		return r.remove(d, e.Name, depth)
 	}
-	g.do(func() error { return r.tree(d, e.Name) })
+	g.do(func() error { return r.remove(d, e.Name, depth) })
 	return nil
 }

@@ -120,14 +120,20 @@ type remover struct {
 	step    func() error // after some files; nil: nobody asks
 	entries int64
 	moved   int
+	gone    int64 // names that went from their directory: a damaged one may show more
 }
 
 // remove deletes name in dir, a directory after its content. A tree that is
 // deeper than maxOpen is taken apart: what is below is moved up to the top.
 func (r *remover) remove(dir *sys.Fd, name string, depth int) error {
 	err := dir.Unlink(name, 0)
+	if errors.Is(err, syscall.EPERM) {
+		err = retryUnprotected(dir, name, err)
+	}
 	switch {
-	case err == nil, errors.Is(err, syscall.ENOENT):
+	case errors.Is(err, syscall.ENOENT):
+		return nil
+	case err == nil:
 		return r.count()
 	case !errors.Is(err, syscall.EISDIR):
 		return err
@@ -138,10 +144,22 @@ func (r *remover) remove(dir *sys.Fd, name string, depth int) error {
 		return err
 	}
 	err = dir.Unlink(name, sys.AT_REMOVEDIR)
-	if errors.Is(err, syscall.ENOENT) {
+	switch {
+	case errors.Is(err, syscall.ENOENT):
 		return nil
+	case err == nil:
+		r.gone++
 	}
 	return err
+}
+
+// retryUnprotected unlinks what chattr +i or +a, on it or on its directory, made
+// refused: flags that a layer does not carry do not outlive it.
+func retryUnprotected(dir *sys.Fd, name string, refused error) error {
+	if errors.Join(dir.Unprotect(""), dir.Unprotect(name)) != nil {
+		return refused
+	}
+	return dir.Unlink(name, 0)
 }
 
 func (r *remover) content(dir *sys.Fd, name string, depth int) error {
@@ -150,18 +168,17 @@ func (r *remover) content(dir *sys.Fd, name string, depth int) error {
 		return err
 	}
 	defer sub.Close()
-	for { // what was moved up stands in the top directory: until there is nothing
-		found := false
+	for { // what was moved up stands in the top directory: until nothing goes any more
+		before := r.gone
 		err := sub.EachDirents(func(some []sys.Dirent) error {
 			for _, e := range some {
-				found = true
 				if err := r.remove(sub, e.Name, depth+1); err != nil {
 					return err
 				}
 			}
 			return nil
 		})
-		if err != nil || !found {
+		if err != nil || r.gone == before {
 			return err
 		}
 	}
@@ -174,14 +191,22 @@ func (r *remover) moveUp(dir *sys.Fd, name string) error {
 		return err
 	}
 	defer top.Close()
+	r.gone++
+	opened := false
 	for {
 		r.moved++
 		err := dir.Rename(name, top, fmt.Sprintf("deep.%d", r.moved), sys.RENAME_NOREPLACE)
-		if errors.Is(err, syscall.EXDEV) { // a subvolume is in between: take it apart where it is
+		switch {
+		case errors.Is(err, syscall.EEXIST):
+		case errors.Is(err, syscall.EXDEV): // a subvolume is in between: take it apart where it is
 			inner := remover{ctx: r.ctx, top: dir, base: name, step: r.step}
 			return inner.remove(dir, name, 0)
-		}
-		if !errors.Is(err, syscall.EEXIST) {
+		case errors.Is(err, syscall.EACCES) && !opened: // its ".." changes, so it must be writable itself
+			opened = true
+			if err := dir.ChmodAt(name, 0o700); err != nil {
+				return err
+			}
+		default:
 			return err
 		}
 	}
@@ -189,6 +214,7 @@ func (r *remover) moveUp(dir *sys.Fd, name string) error {
 
 // count tells the progress, and heeds the context, every few hundred files.
 func (r *remover) count() error {
+	r.gone++
 	r.entries++
 	if r.entries%512 != 0 {
 		return nil
@@ -204,19 +230,14 @@ func (r *remover) count() error {
 // overlayfs makes work/work with mode 000.
 func openForRemoval(dir *sys.Fd, name string) (*sys.Fd, error) {
 	const flags = sys.O_RDONLY | sys.O_DIRECTORY
-	sub, err := dir.Openat(name, flags, 0)
-	if err == nil {
-		s, err := sub.Stat("")
-		if err != nil || s.Mode&0o300 == 0o300 {
-			return sub, err
+	s, err := dir.Stat(name)
+	if err != nil {
+		return nil, err
+	}
+	if s.IsDir() && s.Mode&0o700 != 0o700 {
+		if err := dir.ChmodAt(name, 0o700); err != nil {
+			return nil, err
 		}
-		return sub, sub.Chmod(0o700)
-	}
-	if !errors.Is(err, syscall.EACCES) {
-		return nil, err
-	}
-	if err := dir.ChmodAt(name, 0o700); err != nil {
-		return nil, err
 	}
 	return dir.Openat(name, flags, 0)
 }

@@ -73,6 +73,12 @@ func UtimesBare(dir int, name string, atime, mtime Time) error {
 	return bare(e)
 }
 
+// Inode flags, of linux/fs.h: files that chattr +i and +a protect.
+const (
+	FS_IMMUTABLE_FL = 0x10
+	FS_APPEND_FL    = 0x20
+)
+
 // FlagsBare reads the inode flags FS_*_FL of n (FS_IOC_GETFLAGS), which must not be
 // O_PATH. ENOTTY where the file system has none.
 func FlagsBare(n int) (uint32, error) {

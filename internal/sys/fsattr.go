@@ -163,3 +163,26 @@ func FSXattrBare(n int) (FSXattr, error) {
 
 // SetFSXattrBare is SetFSXattr of a bare descriptor.
 func SetFSXattrBare(n int, x FSXattr) error { return ioctl(n, fsIocFSSetXattr, unsafe.Pointer(&x)) }
+
+// Unprotect takes away from name, a file or directory, or from f for "", the flags
+// by which nobody, root neither, may change or remove it (chattr +i and +a). It
+// does nothing to what has none; EPERM without CAP_LINUX_IMMUTABLE.
+func (f *Fd) Unprotect(name string) error {
+	const protected = STATX_ATTR_IMMUTABLE | STATX_ATTR_APPEND
+	s, err := f.Stat(name)
+	if err != nil || s.Attributes&protected == 0 || !s.IsDir() && !s.IsReg() {
+		return err
+	}
+	at := f
+	if name != "" {
+		if at, err = f.Openat(name, unix.O_RDONLY|unix.O_NONBLOCK, 0); err != nil {
+			return err
+		}
+		defer at.Close()
+	}
+	flags, err := FlagsBare(at.n)
+	if err == nil {
+		err = SetFlagsBare(at.n, flags&^(FS_IMMUTABLE_FL|FS_APPEND_FL))
+	}
+	return at.err("ioctl FS_IOC_SETFLAGS", "", err)
+}
