@@ -141,6 +141,7 @@ func (p *plan) byFusermount(ctx context.Context) (*sys.Fd, *os.File, error) {
 	}
 	dev, err := fusermount.Mount(ctx, dir, options)
 	if err != nil {
+		_ = fusermount.Unmount(dir, true) // it may have been ended when it had mounted
 		return nil, nil, err
 	}
 	root, err := sys.Open(dir, sys.O_PATH|sys.O_DIRECTORY, 0)

@@ -19,7 +19,8 @@ const program = "fusermount3"
 
 // Mount mounts at target, a directory that the user may write to, and returns the
 // /dev/fuse to serve. The kernel answers no call on the mount before somebody does.
-// Without the program the error wraps exec.ErrNotFound.
+// Without the program the error wraps exec.ErrNotFound. A program that ctx ends may
+// have mounted.
 func Mount(ctx context.Context, target string, options []string) (*sys.Fd, error) {
 	ours, theirs, err := sys.Socketpair()
 	if err != nil {
@@ -34,6 +35,7 @@ func Mount(ctx context.Context, target string, options []string) (*sys.Fd, error
 	if err := run(cmd, program); err != nil {
 		return nil, err
 	}
+	socket.Close() // or a program that sent nothing is waited for for ever
 	return ours.RecvFd("/dev/fuse")
 }
 
