@@ -96,10 +96,11 @@ func serverOptions(c *commandLine, log *logger) server.Options {
 	o := &c.options
 	s := server.Options{
 		Timeout: o.timeout, Writeback: o.writeback && o.maxThreads != 1, ReadOnly: o.mount.readOnly() || !o.upper,
-		Export: o.union.NFSExport, NoACL: o.union.NoACL, NoXattrs: o.noXattrs, NoFsync: !o.fsync,
+		Export: o.union.NFSExport, NoACL: o.union.NoACL || o.union.Permissions != union.PermissionsInode, NoXattrs: o.noXattrs, NoFsync: !o.fsync,
 		MaxThreads: o.maxThreads, MaxIdle: o.maxIdle, Debug: c.debug, Log: log.printf,
 	}
-	if o.passthroughSet || mayPassthrough() {
+	// Modes that are kept in an xattr no write through the file below takes setuid bits from.
+	if o.union.Permissions == union.PermissionsInode && (o.passthroughSet || mayPassthrough()) {
 		s.Passthrough = o.passthrough
 	}
 	if x, err := sys.StatfsPath(o.union.Upper); err == nil && (x.Type == sys.OVERLAYFS_SUPER_MAGIC || x.Type == sys.FUSE_SUPER_MAGIC) {

@@ -141,6 +141,17 @@ func (fs *FS) setattr(n *Node, f *File, s *SetAttr) error {
 			return err
 		}
 	}
+	if fs.stores() {
+		if err := fs.setStored(&p, s); err != nil {
+			return err
+		}
+		if s.Valid&SetMode == 0 && s.KillPriv {
+			if err := fs.killPriv(&p); err != nil {
+				return err
+			}
+		}
+		return setTimes(&p, s)
+	}
 	if s.Valid&(SetUID|SetGID) != 0 {
 		uid, gid := ^uint32(0), ^uint32(0)
 		if s.Valid&SetUID != 0 {
@@ -165,6 +176,10 @@ func (fs *FS) setattr(n *Node, f *File, s *SetAttr) error {
 			return err
 		}
 	}
+	return setTimes(&p, s)
+}
+
+func setTimes(p *place, s *SetAttr) error {
 	if s.Valid&(SetAtime|SetMtime) != 0 {
 		atime, mtime := sys.TimeOmit, sys.TimeOmit
 		if s.Valid&SetAtime != 0 {
@@ -221,12 +236,19 @@ func (fs *FS) killPriv(p *place) error {
 	if !st.IsReg() {
 		return nil
 	}
+	if err := fs.layers[0].show(p.fd, p.name, &st); err != nil {
+		return err
+	}
 	mode := st.Mode &^ 0o4000
 	if mode&0o010 != 0 {
 		mode &^= 0o2000
 	}
 	if mode == st.Mode {
 		return nil
+	}
+	if fs.stores() {
+		st.Mode = mode
+		return fs.upper.storeStat(p.fd, p.name, &st)
 	}
 	return sys.ChmodBare(p.fd, p.name, mode&0o7777)
 }

@@ -63,6 +63,9 @@ func (fs *FS) copyUpAt(pid uint32, parent *Node, name string, n *Node, what copy
 	}
 	defer done()
 	r := copyRequest{src: src, what: what, impure: parent.has(isImpure), shared: fs.needsIndex(&src.stat), nlink: src.stat.Nlink, waiter: pid}
+	if fs.stores() {
+		r.setStat = fs.upper.storeStat
+	}
 	if n.has(isDead) || parent.has(isDead) {
 		return fs.copyUpGone(n, &r)
 	}
@@ -170,7 +173,10 @@ func (fs *FS) copySource(n *Node) (src copySource, done func(), err error) {
 			sys.CloseBare(src.data)
 		}
 	}
-	if err = sys.StatBare(src.fd, "", &src.stat); err == nil && src.stat.Type() != n.typ {
+	if err = sys.StatBare(src.fd, "", &src.stat); err == nil {
+		err = fs.shownBy(n, &p).show(src.fd, "", &src.stat)
+	}
+	if err == nil && src.stat.Type() != n.typ {
 		err = syscall.ESTALE
 	}
 	if err == nil && n.has(isMetacopy) {

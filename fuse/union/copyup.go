@@ -3,6 +3,7 @@ package union
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -146,9 +147,18 @@ func (u *upper) newObject(r *copyRequest) (spot, error) {
 			err = sys.SymlinkBare(target, w, temp)
 		}
 	default:
+		if r.setStat != nil && isRegular(r.src.fd) { // it stands for what it is shown as
+			err = sys.MknodBare(w, temp, sys.S_IFREG|0o600, 0, 0)
+			break
+		}
 		err = sys.MknodBare(w, temp, st.Type()|0o600, st.RdevMajor, st.RdevMinor)
 	}
 	return spot{w, temp}, err
+}
+
+func isRegular(fd int) bool {
+	var st sys.Stat
+	return sys.StatBare(fd, "", &st) == nil && st.IsReg()
 }
 
 func readlink(dir int, name string) (string, error) {
@@ -286,6 +296,9 @@ func (u *upper) copyXattrs(from, dir int, name string) error {
 	for attr := range strings.SplitSeq(strings.TrimSuffix(string(list[:n]), "\x00"), "\x00") {
 		if attr == "" || u.xattrs.private(attr) || attr == xattrEVM { // a signature of the other inode
 			continue
+		}
+		if u.stored != "" && attr != u.stored && slices.Contains(storedNames, attr) {
+			continue // another layer's way of it
 		}
 		if err := u.copyXattr(from, dir, name, attr); err != nil {
 			return fmt.Errorf("xattr %s: %w", attr, err)

@@ -137,10 +137,12 @@ func (fs *FS) mayMake(dir *Node, name string) error {
 func (fs *FS) made(dir *Node, up int, name string, fd int) (Entry, int, error) {
 	f := found{upper: true}
 	var err error
+	at := spot{up, name}
 	if fd >= 0 {
-		err = sys.StatBare(fd, "", &f.st)
-	} else {
-		err = sys.StatBare(up, name, &f.st)
+		at = spot{fd, ""}
+	}
+	if err = sys.StatBare(at.dir, at.name, &f.st); err == nil {
+		err = fs.layers[0].show(at.dir, at.name, &f.st)
 	}
 	if err != nil {
 		if fd >= 0 {
@@ -187,7 +189,7 @@ func (m *maker) make() error {
 		return m.overWhiteout()
 	}
 	mode := m.mode()
-	if mode&m.fs.umask != 0 {
+	if (mode&m.fs.umask != 0 || m.fs.stores()) && m.o.link == nil {
 		err = syscall.EACCES // the umask would take bits away: not by one call
 	} else {
 		err = m.at(m.up, m.name, mode)
@@ -306,6 +308,9 @@ func (m *maker) inWork() (temp string, err error) {
 	if m.o.link != nil {
 		return temp, m.call(work, temp, 0)
 	}
+	if m.fs.stores() {
+		return temp, m.inWorkStored(work, temp)
+	}
 	heir, err := m.heir()
 	if err != nil {
 		return "", err
@@ -328,6 +333,40 @@ func (m *maker) inWork() (temp string, err error) {
 		return "", err
 	}
 	return temp, nil
+}
+
+// inWorkStored makes the object there where owner and mode are kept in an xattr.
+func (m *maker) inWorkStored(work int, temp string) error {
+	isDir := m.isDir()
+	if err := m.call(work, temp, hiddenMode(m.mode(), isDir)); err != nil {
+		return err
+	}
+	err := m.ownStored(work, temp)
+	if err != nil {
+		_ = removeTree(work, temp)
+		m.drop()
+	}
+	return err
+}
+
+// ownStored gives an object its owner and mode there; a setgid parent its group.
+func (m *maker) ownStored(dir int, name string) error {
+	var parent sys.Stat
+	err := sys.StatBare(m.up, "", &parent)
+	if err == nil {
+		err = m.fs.layers[0].show(m.up, "", &parent)
+	}
+	if err != nil {
+		return err
+	}
+	st := sys.Stat{UID: m.c.UID, GID: m.c.GID, Mode: m.o.mode&sys.S_IFMT | m.mode()}
+	if parent.Mode&0o2000 != 0 {
+		st.GID = parent.GID
+		if m.isDir() {
+			st.Mode |= 0o2000
+		}
+	}
+	return m.fs.upper.storeStat(dir, name, &st)
 }
 
 func (m *maker) drop() {

@@ -64,9 +64,10 @@ func Open(ctx context.Context, c Config) (_ *FS, err error) {
 	if c.Upper != "" && c.Work == "" {
 		return nil, fmt.Errorf("union: upper %s without work: %w", c.Upper, syscall.EINVAL)
 	}
-	if c.Permissions != PermissionsInode {
-		return nil, fmt.Errorf("union: xattr_permissions=%d: owners and modes in xattrs are not implemented: %w", c.Permissions, syscall.EOPNOTSUPP)
+	if err := refuseStored(&c); err != nil {
+		return nil, fmt.Errorf("union: %w", err)
 	}
+	c.NoACL = c.NoACL || c.Permissions != PermissionsInode // one is about the owner of the file itself
 	fs := &FS{config: c, owners: newOwners(&c), table: newTable(), copies: map[nameKey]*Node{}, seed: maphash.MakeSeed()}
 	defer func() {
 		if err != nil {
@@ -115,6 +116,9 @@ func (fs *FS) openLayers(ctx context.Context) (err error) {
 		}
 	}
 	if err := fs.setFsids(); err != nil {
+		return err
+	}
+	if err := fs.findStored(); err != nil {
 		return err
 	}
 	return fs.openIndex()

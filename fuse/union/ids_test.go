@@ -98,10 +98,37 @@ func TestMappedOwnersOnDisk(t *testing.T) {
 	}
 }
 
-// TestPermissionsInXattrsAreRefused, and not passed over in silence.
-func TestPermissionsInXattrsAreRefused(t *testing.T) {
-	fs, err := Open(t.Context(), Config{Lowers: []string{t.TempDir()}, Permissions: PermissionsContainers})
-	if !errors.Is(err, syscall.EOPNOTSUPP) || !strings.Contains(err.Error(), "xattr_permissions=2") {
+// TestStoredOwners: what the xattr says, and what it cannot say.
+func TestStoredOwners(t *testing.T) {
+	reg := sys.Stat{UID: 1, GID: 2, Mode: sys.S_IFREG | 0o600, Size: 5}
+	for v, want := range map[string]sys.Stat{
+		"7:8:4755":            {UID: 7, GID: 8, Mode: sys.S_IFREG | 0o4755, Size: 5},
+		"7:8:100644":          {UID: 7, GID: 8, Mode: sys.S_IFREG | 0o644, Size: 5}, // fuse-overlayfs writes the type, too
+		"0:0:000644:file":     {Mode: sys.S_IFREG | 0o644, Size: 5},
+		"0:0:666:char-1-3":    {Mode: sys.S_IFCHR | 0o666, RdevMajor: 1, RdevMinor: 3},
+		"0:0:640:block-8-300": {Mode: sys.S_IFBLK | 0o640, RdevMajor: 8, RdevMinor: 300},
+		"0:0:640:pipe":        {Mode: sys.S_IFIFO | 0o640},
+	} {
+		st := reg
+		if !parseStored(v, &st) || st != want {
+			t.Errorf("%q: %+v", v, st)
+		}
+		again := reg
+		if !parseStored(string(appendStored(&st, sys.S_IFREG)), &again) || again != want {
+			t.Errorf("%q is written as %q", v, appendStored(&st, sys.S_IFREG))
+		}
+	}
+	for _, v := range []string{"", "1:2", "1:2:8", "-1:2:3", "1:2:3:dir", "1:2:3:char", "1:2:3:char-0-0", "1:2:3:char-1", "1:2:3:pipe-1-1", "1:2:3:what"} {
+		if st := reg; parseStored(v, &st) {
+			t.Errorf("%q is taken for %+v", v, st)
+		}
+	}
+}
+
+// What does not go together is refused by name.
+func TestPermissionsWithIndexAreRefused(t *testing.T) {
+	fs, err := Open(t.Context(), Config{Lowers: []string{t.TempDir()}, Permissions: PermissionsContainers, Index: true})
+	if !errors.Is(err, syscall.EOPNOTSUPP) || !strings.Contains(err.Error(), "xattr_permissions=2 with index=on") {
 		t.Errorf("%v, %v", fs, err)
 	}
 }

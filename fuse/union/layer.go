@@ -18,7 +18,10 @@ type layer struct {
 	index int     // in FS.layers
 	upper bool
 	data  bool // holds data alone
-	uuid  [16]byte
+	// stored is the xattr that keeps what files show as owner and mode; "": the
+	// files themselves do.
+	stored string
+	uuid   [16]byte
 }
 
 // realDir is a directory of a lower. Lowers do not move, so that a descriptor

@@ -105,6 +105,15 @@ func (fs *FS) Tmpfile(c Caller, dir *Node, flags, mode uint32) (Entry, *File, er
 // it has no name, so that nobody sees what comes between.
 func (m *maker) makeTmp() error {
 	mode := m.mode()
+	if m.fs.stores() {
+		e := m.call(m.up, "", hiddenMode(mode, false))
+		if e == nil {
+			if e = m.ownStored(m.fd, ""); e != nil {
+				m.drop()
+			}
+		}
+		return e
+	}
 	if mode&m.fs.umask == 0 {
 		if e := m.at(m.up, "", mode); e == nil {
 			return nil
@@ -135,6 +144,9 @@ func (m *maker) makeTmp() error {
 func (fs *FS) tmpEntry(dir *Node, fd int) (Entry, error) {
 	f := found{upper: true}
 	if err := sys.StatBare(fd, "", &f.st); err != nil {
+		return Entry{}, err
+	}
+	if err := fs.layers[0].show(fd, "", &f.st); err != nil {
 		return Entry{}, err
 	}
 	own, err := sys.DupBare(fd)

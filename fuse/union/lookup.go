@@ -193,6 +193,9 @@ func (fs *FS) findUpper(dir *Node, name string, f *found, d *lowerSearch) (stop 
 		f.covered = true
 		return true, nil
 	}
+	if err := fs.layers[0].show(up.fd, name, &f.st); err != nil {
+		return false, err
+	}
 	f.upper = true
 	if !f.st.IsDir() && !fs.mayHaveFacts(dir, &f.st) {
 		return true, nil
@@ -393,6 +396,9 @@ func (d *lowerSearch) single(base *realDir, name, before, after string, f *found
 	if st.IsWhiteout() || d.fs.aufsName(name) {
 		d.stop = true
 		return nil, nil
+	}
+	if err := base.layer.show(fd.fd, name, &st); err != nil {
+		return nil, err
 	}
 	last := after == ""
 	if !st.IsDir() {

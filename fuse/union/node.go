@@ -184,6 +184,14 @@ func (fs *FS) locate(n *Node, p *place) (err error) {
 	return nil
 }
 
+// shownBy is the layer that p is in.
+func (fs *FS) shownBy(n *Node, p *place) *layer {
+	if p.upper {
+		return fs.layers[0]
+	}
+	return fs.layerOf(n)
+}
+
 // stat describes the real object behind a node. A rename at the same time may
 // take the name away, so it is tried again.
 func (fs *FS) stat(n *Node, st *sys.Stat) error {
@@ -194,7 +202,9 @@ func (fs *FS) stat(n *Node, st *sys.Stat) error {
 			if n.isDir() {
 				p.name = "" // asks for no search permission
 			}
-			err = sys.StatBare(p.fd, p.name, st)
+			if err = sys.StatBare(p.fd, p.name, st); err == nil {
+				err = fs.shownBy(n, &p).show(p.fd, p.name, st)
+			}
 			fs.leave(&p)
 			if err == nil && st.Ino == p.ino {
 				return nil

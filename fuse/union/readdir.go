@@ -320,6 +320,11 @@ func (fs *FS) plainList(n *Node) (*names, error) {
 // whiteout or a marker.
 func (fs *FS) hidden(r *realDir, fd int, e *sys.BareDirent) (bool, error) {
 	check := e.Type == sys.S_IFCHR || e.Type == 0
+	l := fs.layers[0]
+	if r != nil {
+		l = r.layer
+	}
+	check = check || l.stored != "" && e.Type == sys.S_IFREG // which may stand for something else
 	if r != nil && r.xwhiteouts && e.Type == sys.S_IFREG {
 		check = true
 	}
@@ -337,10 +342,11 @@ func (fs *FS) hidden(r *realDir, fd int, e *sys.BareDirent) (bool, error) {
 		}
 		return false, err
 	}
-	e.Type = st.Type()
 	if st.IsWhiteout() {
 		return true, nil
 	}
+	_ = l.show(fd, name, &st) // what is not valid is listed as it is
+	e.Type = st.Type()
 	if r != nil && fs.isXWhiteout(&st, r.xwhiteouts) {
 		var facts facts
 		if err := fs.readFacts(fd, name, &facts); err != nil {

@@ -25,6 +25,7 @@ import (
 // work/incompat/volatile/dirty, which says that the upper may not have reached the
 // disk and refuses the next mount until somebody removes it.
 type upper struct {
+	stored        string  // the xattr that keeps owner and mode; "": the files themselves do
 	root, workdir *sys.Fd // as configured
 	work          *sys.Fd // workdir/work: what is built; nil: the upper is only shown
 	index         *sys.Fd // workdir/index; nil without Config.Index

@@ -25,6 +25,9 @@ func (fs *FS) withPlace(n *Node, f func(p *place) error) error {
 // Getxattr reads an xattr into dest; with an empty dest it returns the size,
 // else ERANGE where dest is too small.
 func (fs *FS) Getxattr(n *Node, attr string, dest []byte) (size int, err error) {
+	if fs.hides(attr) {
+		return 0, syscall.ENODATA
+	}
 	if fs.noACL(n, attr) {
 		return 0, syscall.EOPNOTSUPP
 	}
@@ -83,7 +86,7 @@ func (fs *FS) listxattr(n *Node) ([]byte, error) {
 	}
 	shown := make([]byte, 0, len(all))
 	for name := range bytes.SplitSeq(all, []byte{0}) {
-		if len(name) == 0 || fs.config.NoACL && isACL(string(name)) {
+		if len(name) == 0 || fs.config.NoACL && isACL(string(name)) || fs.hides(string(name)) {
 			continue
 		}
 		if s, ok := fs.names.toShown(string(name)); ok {
@@ -104,6 +107,9 @@ func (fs *FS) Setxattr(c Caller, n *Node, attr string, value []byte, flags uint3
 	}
 	if fs.noACL(n, attr) {
 		return syscall.EOPNOTSUPP
+	}
+	if fs.hides(attr) {
+		return syscall.EPERM
 	}
 	disk, err := fs.names.toDisk(attr)
 	if err != nil {
@@ -158,6 +164,9 @@ func (fs *FS) Removexattr(c Caller, n *Node, attr string) error {
 	}
 	if fs.noACL(n, attr) {
 		return syscall.EOPNOTSUPP
+	}
+	if fs.hides(attr) {
+		return syscall.EPERM
 	}
 	disk, err := fs.names.toDisk(attr)
 	if err != nil {
