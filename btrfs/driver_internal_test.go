@@ -254,6 +254,24 @@ func TestSubvolumeDeletedBehindOurBack(t *testing.T) {
 	}
 }
 
+// The source of a commit, which may be there for a mount, is not what was committed.
+func TestCommittedSubvolumeDeletedBehindOurBack(t *testing.T) {
+	h := fixture(t)
+	r, tree := h.create(drivers.Ref{}, drivers.CreateOptions{})
+	target := t.TempDir()
+	h.must(sys.Mount(tree, target, "", sys.MS_BIND, ""))
+	h.commit(r)
+	h.must(sys.Umount(target, 0))
+	dir, err := sys.OpenDir(h.d.root + "/l/" + r.ID.String())
+	h.must(err)
+	h.must(ioctl.Destroy(dir, string(committed)))
+	dir.Close()
+	if _, err := h.d.Mounts(h.ctx, r, drivers.MountOptions{}); !errors.Is(err, errdefs.ErrDataLoss) {
+		t.Errorf("mounts: %v, want ErrDataLoss", err)
+	}
+	h.must(h.d.Remove(h.ctx, r.ID))
+}
+
 // A writer that is alive keeps its tree; what it had is deleted when it is gone.
 func TestSourceOfACommitIsDroppedLater(t *testing.T) {
 	h := fixture(t)

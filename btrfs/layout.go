@@ -98,6 +98,15 @@ func (l *layerDir) read() error {
 	if err != nil {
 		return fmt.Errorf("xattr %s: %w: %w", aboutXattr, errdefs.ErrDataLoss, err)
 	}
+	if l.kind != writable {
+		return nil
+	}
+	switch _, err := l.Getxattr("", usageXattr); {
+	case err == nil: // what its source would show now is not what was committed
+		return fmt.Errorf("has no committed subvolume any more: it was deleted behind our back: %w", errdefs.ErrDataLoss)
+	case !errors.Is(err, syscall.ENODATA):
+		return err
+	}
 	return nil
 }
 
