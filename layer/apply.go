@@ -8,7 +8,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -71,9 +70,8 @@ type unpacker struct {
 	// marks says of paths, by hash, what this layer did there: see mark.
 	marks map[uint64]mark
 	// passed is whether any mark has markPassed, which is rare.
-	passed bool
-	// implied has the directories made with made-up metadata; nil if nobody asks.
-	implied map[string]bool
+	passed  bool
+	implied *impliedDirs // nil if nobody asks
 
 	uid, gid   uint32 // that new files get
 	umask      uint32
@@ -89,9 +87,9 @@ func newUnpacker(path string, o ApplyOptions) (*unpacker, error) {
 	}
 	u.privileged, u.dirs.most = u.uid == 0, o.openDirs
 	if o.Implied != nil {
-		u.implied = map[string]bool{}
+		u.implied = newImpliedDirs()
 		if o.Lower == "" {
-			u.implied["."] = true // until the archive names it
+			u.implied.add(".") // until the archive names it
 		}
 	}
 	fd, err := sys.OpenDir(path)
@@ -163,12 +161,7 @@ func (u *unpacker) publish(ctx context.Context) error {
 			return err
 		}
 	}
-	paths := make([]string, 0, len(u.implied))
-	for p := range u.implied {
-		paths = append(paths, p)
-	}
-	slices.SortFunc(paths, ComparePaths)
-	for _, p := range paths {
+	for _, p := range u.implied.left() {
 		u.o.Implied(p)
 	}
 	return nil

@@ -359,7 +359,7 @@ func (p *purge) dir(in *sys.Fd, name, path string, own bool, st *sys.Stat) (gone
 	case kept:
 		return true, true, p.reset(fd, path, own)
 	}
-	p.u.forgetImplied(path)
+	p.u.implied.remove(path)
 	return true, false, in.Unlink(name, sys.AT_REMOVEDIR)
 }
 
@@ -407,8 +407,6 @@ func (p *purge) reset(fd *sys.Fd, path string, own bool) error {
 	} else {
 		u.setMark(path, markMine|markOwn)
 	}
-	if u.implied != nil {
-		u.implied[path] = true
-	}
+	u.implied.add(path)
 	return u.list(spot{d: d, path: path}, it, "")
 }

@@ -209,9 +209,7 @@ func (u *unpacker) setMark(path string, m mark) {
 // noteMine records that the archive brings path, in a directory that is own or not;
 // made says that it is a new directory.
 func (u *unpacker) noteMine(path string, own, made bool) {
-	if u.implied != nil {
-		delete(u.implied, path)
-	}
+	u.implied.named(path)
 	switch {
 	case own && (!u.passed || u.markOf(path) == 0):
 	case own:

@@ -285,3 +285,8 @@ func (f *file) copy(src *sys.Fd) error {
 	}
 	return nil
 }
+
+// isBelow reports whether p is strictly inside the directory path dir.
+func isBelow(p, dir string) bool {
+	return len(p) > len(dir) && p[:len(dir)] == dir && p[len(dir)] == '/'
+}

@@ -309,11 +309,12 @@ func TestApplyWithoutKnowingTheLower(t *testing.T) {
 	}
 	var implied []string
 	o := ApplyOptions{Whiteouts: WhiteoutsTrusted, Implied: func(p string) { implied = append(implied, p) }}
-	layer := "w gone\nf a/b/x=1\nd c\nf c/d/y=1\nd c/d\no c\nw e\nf e/f=1\nf g/h/i=1\nf g=1"
+	layer := "w gone\nf a/b/x=1\nd c\nf c/d/y=1\nd c/d\no c\nw e\nf e/f=1\nf g/h/i=1\nf g=1\n" +
+		"f k/l/m=1\nf k=1\nd k\nf k/l/n=1"
 	if err := Apply(t.Context(), upper, bytes.NewReader(parseTar(layer)), o); err != nil {
 		t.Fatal(err)
 	}
-	if got := strings.Join(implied, " "); got != ". a a/b e" {
+	if got := strings.Join(implied, " "); got != ". a a/b e k/l" {
 		t.Errorf("implied %s", got)
 	}
 	var st syscall.Stat_t

@@ -117,7 +117,7 @@ func (u *unpacker) clear(s spot) error {
 	if err := u.dirs.forget(s.path, true, false); err != nil {
 		return err
 	}
-	u.forgetImplied(s.path)
+	u.implied.remove(s.path)
 	return removeTree(s.d.up, s.name)
 }
 
@@ -400,9 +400,7 @@ func (u *unpacker) implyDir(cur *dir, name string) (*dir, error) {
 		return d, err
 	}
 	u.noteMine(s.path, cur.own, true)
-	if u.implied != nil {
-		u.implied[s.path] = true
-	}
+	u.implied.add(s.path)
 	if d.below == unknown { // what it is will be known when the lower is
 		return d, nil
 	}
@@ -412,17 +410,3 @@ func (u *unpacker) implyDir(cur *dir, name string) (*dir, error) {
 // impliedItem is what a directory gets of which nothing is known: the time is
 // fixed, so that unpacking twice gives equal trees.
 func impliedItem() *item { return &item{e: Entry{Type: TypeDir, Mode: 0o755}} }
-
-// forgetImplied drops what was implied at or below a path that is removed.
-func (u *unpacker) forgetImplied(path string) {
-	for p := range u.implied {
-		if isBelow(p, path) || p == path {
-			delete(u.implied, p)
-		}
-	}
-}
-
-// isBelow reports whether p is strictly inside the directory path dir.
-func isBelow(p, dir string) bool {
-	return len(p) > len(dir) && p[:len(dir)] == dir && p[len(dir)] == '/'
-}
