@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/layerctl/layerctl/fuse/union"
+	"github.com/layerctl/layerctl/internal/testenv"
 	"golang.org/x/sys/unix"
 )
 
@@ -36,6 +37,7 @@ func (m *mounted) resident() int {
 // The kernel remembers as many names as it has memory for. The server's descriptors
 // do not grow with them, and its memory goes back when the kernel forgets.
 func TestManyNodesAreBoundedAndForgotten(t *testing.T) {
+	testenv.Slow(t)
 	dir := dirs(t, "tmpfs")
 	const folders, files = 400, 50 // 20,000 files
 	for _, layer := range []string{"l", "u"} {
