@@ -469,28 +469,28 @@ func ListChanges(ctx context.Context, changes iter.Seq2[Change, error], l *Listi
 		if err != nil {
 			return err
 		}
-		if err := listChange(&c, l, buf); err != nil {
+		if err := listChange(ctx, &c, l, buf); err != nil {
 			return fmt.Errorf("layer: list %s: %w", c.Entry.Path, err)
 		}
 	}
 	return nil
 }
 
-func listChange(c *Change, l *ListingWriter, buf []byte) error {
+func listChange(ctx context.Context, c *Change, l *ListingWriter, buf []byte) error {
 	if c.Kind == Deleted {
 		return l.Delete(c.Entry.Path)
 	}
 	if c.Entry.Type != TypeReg || c.Entry.Hardlink != "" {
 		return l.Add(c.Entry, "")
 	}
-	sum, err := contentDigest(c, buf)
+	sum, err := contentDigest(ctx, c, buf)
 	if err != nil {
 		return err
 	}
 	return l.Add(c.Entry, sum)
 }
 
-func contentDigest(c *Change, buf []byte) (digest.Digest, error) {
+func contentDigest(ctx context.Context, c *Change, buf []byte) (digest.Digest, error) {
 	if c.Open == nil {
 		return "", badListing("a regular file without content")
 	}
@@ -499,10 +499,9 @@ func contentDigest(c *Change, buf []byte) (digest.Digest, error) {
 		return "", err
 	}
 	defer f.Close()
-	h := sha256.New()
-	n, err := io.CopyBuffer(struct{ io.Writer }{h}, struct{ io.Reader }{f}, buf)
+	sum, n, err := contentHash(ctx, f, buf)
 	if err == nil && n != c.Entry.Size {
 		err = fmt.Errorf("it had %d bytes when it was met and %d when it was read: %w", c.Entry.Size, n, errdefs.ErrAborted)
 	}
-	return digest.NewDigest(digest.SHA256, h), err
+	return sum, err
 }

@@ -522,3 +522,17 @@ func TestVerifyQuickReadsNoContent(t *testing.T) {
 		}
 	}
 }
+
+// endless is content without an end, which cancels a context when it is read.
+type endless struct{ cancel func() }
+
+func (e endless) Read(p []byte) (int, error) { e.cancel(); return len(p), nil }
+func (e endless) Close() error               { return nil }
+
+func TestListChangesEndsWithinAFile(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	big := Change{Kind: Added, Entry: Entry{Path: "f", Type: TypeReg, Size: 1 << 40}, Open: func() (io.ReadCloser, error) { return endless{cancel}, nil }}
+	if err := ListChanges(ctx, changesOf(big), NewListingWriter(io.Discard)); !errors.Is(err, context.Canceled) {
+		t.Errorf("%v", err)
+	}
+}

@@ -2,10 +2,8 @@ package layer
 
 import (
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
 	"iter"
 	"maps"
 	"path"
@@ -325,23 +323,10 @@ func (v *verifier) digest(dir *sys.Fd, n *node) (digest.Digest, error) {
 		return "", err
 	}
 	defer f.Close()
-	h := sha256.New()
-	for {
-		if err := v.ctx.Err(); err != nil {
-			return "", err
-		}
-		n, err := f.Read(v.buf)
-		h.Write(v.buf[:n])
-		v.read += int64(n)
-		if err == io.EOF {
-			break
-		}
-		if err != nil {
-			return "", err
-		}
-	}
+	sum, size, err := contentHash(v.ctx, f, v.buf)
+	v.read += size
 	if v.o.Progress != nil {
 		v.o.Progress(v.read)
 	}
-	return digest.NewDigest(digest.SHA256, h), nil
+	return sum, err
 }
