@@ -10,8 +10,6 @@ import (
 	"github.com/layerctl/layerctl/internal/testenv"
 )
 
-func TestMain(m *testing.M) { drivertest.Main(m) }
-
 // needsDM skips where the kernel has no thin pools.
 func needsDM(t testing.TB) {
 	t.Helper()
