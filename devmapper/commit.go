@@ -68,12 +68,7 @@ func (d *driver) replace(id drivers.ID, l *record) error {
 	if err := d.write(layersDir, id, l); err != nil {
 		return err
 	}
-	dir, err := d.open(newDir)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
+	return d.sync(newDir)
 }
 
 var errInUse = fmt.Errorf("somebody has it open: %w", errdefs.ErrFailedPrecondition)

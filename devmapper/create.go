@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -50,7 +51,7 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 		err = drivers.Step(ctx, "devmapper: create: transaction set")
 	}
 	if err == nil {
-		err = d.move(r.ID, newDir, layersDir, false) // a cut may lose the layer whole
+		err = d.move(r.ID, newDir, layersDir) // a cut may lose the layer whole
 	}
 	if err != nil && made { // what this cannot delete Remove can
 		_ = d.destroy(context.WithoutCancel(ctx), newDir, r.ID)
@@ -181,15 +182,7 @@ func (d *driver) destroy(ctx context.Context, name string, id drivers.ID) error 
 		if err := drivers.Step(ctx, "devmapper: remove: thin device deleted"); err != nil {
 			return err
 		}
-		dir, err := d.open(name)
-		if err != nil {
-			return err
-		}
-		defer dir.Close()
-		if err := dir.Unlink(id.String(), 0); err != nil && !errors.Is(err, syscall.ENOENT) {
-			return err
-		}
-		if err := dir.Sync(); err != nil { // before the thin id may be another's
+		if err := d.unlink(name, id); err != nil {
 			return err
 		}
 		if l != nil && !l.Shared {
@@ -197,6 +190,21 @@ func (d *driver) destroy(ctx context.Context, name string, id drivers.ID) error 
 		}
 		return d.sweepTemps(c)
 	})
+}
+
+// unlink deletes a record, in all of the directories that it was in, before the thin
+// id may be another's.
+func (d *driver) unlink(name string, id drivers.ID) error {
+	err := os.Remove(d.root + "/" + name + "/" + id.String())
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if name == deletedDir {
+		if err := d.sync(layersDir); err != nil {
+			return err
+		}
+	}
+	return d.sync(name)
 }
 
 // deleteThin deletes a layer's thin device. A pool that has not reached the layer's
@@ -215,7 +223,7 @@ func (d *driver) deleteThin(c *thin.Change, id drivers.ID, l *record) error {
 	return c.Delete(l.Thin)
 }
 
-// othersWith reports whether another layer has a thin id.
+// othersWith reports whether another layer has, or may have, a thin id.
 func (d *driver) othersWith(thinID uint32, but drivers.ID) (bool, error) {
 	for _, name := range []string{layersDir, newDir, deletedDir} {
 		names, err := d.names(context.Background(), name)
@@ -227,7 +235,11 @@ func (d *driver) othersWith(thinID uint32, but drivers.ID) (bool, error) {
 			if !ok || id == but {
 				continue
 			}
-			if r, err := d.read(name, id); err == nil && r.Thin == thinID {
+			r, err := d.read(name, id)
+			if errors.Is(err, syscall.ENOENT) {
+				continue
+			}
+			if err != nil || r.Thin == thinID { // one that cannot be read may have it
 				return true, nil
 			}
 		}

@@ -11,13 +11,13 @@ import (
 
 // The superblock of ext4 (fs/ext4/ext4.h: struct ext4_super_block), little-endian.
 const (
-	ext4At         = 1024
-	ext4Bytes      = 1024
-	ext4Magic      = 0xef53
-	atMagic        = 0x38
-	atIncompat     = 0x60
-	atUUID         = 0x68
-	incompatRecord = 0x4 // needs_recovery: the journal holds what is nowhere else yet
+	ext4At          = 1024
+	ext4Bytes       = 1024
+	ext4Magic       = 0xef53
+	atMagic         = 0x38
+	atIncompat      = 0x60
+	atUUID          = 0x68
+	incompatRecover = 0x4 // needs_recovery: the journal holds what is nowhere else yet
 )
 
 // ext4Super is what a superblock says.
@@ -33,7 +33,7 @@ func parseExt4(b []byte) (ext4Super, error) {
 	}
 	u := b[atUUID : atUUID+16]
 	return ext4Super{
-		dirty: le.Uint32(b[atIncompat:])&incompatRecord != 0,
+		dirty: le.Uint32(b[atIncompat:])&incompatRecover != 0,
 		uuid:  fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:]),
 	}, nil
 }

@@ -86,7 +86,7 @@ func parseBytes(s string) (int64, error) {
 	return n << shift, nil
 }
 
-// agree refuses another size than the template has, and fills in what none gave.
+// agree refuses another size than the template has.
 func (o *options) agree(t *template) error {
 	if t.Bytes == 0 || t.FS != "ext4" {
 		return fmt.Errorf("%s: file system %q of %d bytes: %w", templateFile, t.FS, t.Bytes, errdefs.ErrDataLoss)
@@ -169,7 +169,7 @@ func open(ctx context.Context, c drivers.Config) (d *driver, err error) {
 }
 
 func (d *driver) start(ctx context.Context, o options) error {
-	if err := d.openTemplate(ctx, o.withDefaults()); err != nil {
+	if err := d.openTemplate(ctx, o); err != nil {
 		return err
 	}
 	if err := d.pool.Exclusive(ctx, d.recover); err != nil {
@@ -181,13 +181,6 @@ func (d *driver) start(ctx context.Context, o options) error {
 	}
 	d.caps = drivers.Capabilities{Driver: Name, Diff: true, Apply: true, IDMap: idMap, UsageBytes: true, UsageBlocks: true}
 	return nil
-}
-
-func (o options) withDefaults() options {
-	if o.size == 0 {
-		o.size = defaultSize
-	}
-	return o
 }
 
 // recover resumes what a process left suspended, and deletes what it left in tmp.

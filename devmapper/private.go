@@ -55,7 +55,7 @@ func (d *driver) reserve(c *thin.Change, make func(id uint32) error) (t temp, er
 		if err != nil {
 			return err
 		}
-		if err = d.syncTemps(); err == nil {
+		if err = d.sync(tempDir); err == nil {
 			err = make(id)
 		}
 		if err != nil {
@@ -67,15 +67,6 @@ func (d *driver) reserve(c *thin.Change, make func(id uint32) error) (t temp, er
 		return nil
 	})
 	return t, err
-}
-
-func (d *driver) syncTemps() error {
-	dir, err := d.open(tempDir)
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }
 
 // forget ends a reservation: the id is a layer's now.
@@ -91,7 +82,7 @@ func (d *driver) trash(id uint32) error {
 		return err
 	}
 	f.Close()
-	return d.syncTemps()
+	return d.sync(tempDir)
 }
 
 // drop deletes a reserved id.
@@ -107,7 +98,7 @@ func (d *driver) deleteTemp(c *thin.Change, id uint32) error {
 	if err := os.Remove(d.tempPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := d.syncTemps(); err != nil { // before the id may be another's
+	if err := d.sync(tempDir); err != nil { // before the id may be another's
 		return err
 	}
 	delete(d.used, id)

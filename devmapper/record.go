@@ -241,9 +241,8 @@ func (d *driver) exists(name string, id drivers.ID) (bool, error) {
 	return err == nil, err
 }
 
-// move renames a record from one of the root's directories to another; sync: it is
-// on the disk when it returns.
-func (d *driver) move(id drivers.ID, from, to string, sync bool) error {
+// move renames a record from one of the root's directories to another. A cut may undo it.
+func (d *driver) move(id drivers.ID, from, to string) error {
 	src, err := d.open(from)
 	if err != nil {
 		return err
@@ -254,8 +253,15 @@ func (d *driver) move(id drivers.ID, from, to string, sync bool) error {
 		return err
 	}
 	defer dst.Close()
-	if err := src.Rename(id.String(), dst, id.String(), sys.RENAME_NOREPLACE); err != nil || !sync {
+	return src.Rename(id.String(), dst, id.String(), sys.RENAME_NOREPLACE)
+}
+
+// sync has what was done to names in a root's directory on the disk.
+func (d *driver) sync(name string) error {
+	dir, err := d.open(name)
+	if err != nil {
 		return err
 	}
-	return errors.Join(dst.Sync(), src.Sync())
+	defer dir.Close()
+	return dir.Sync()
 }

@@ -28,7 +28,7 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 	if err := d.releaseAll(ctx, id); err != nil {
 		return err
 	}
-	err := d.move(id, layersDir, deletedDir, true)
+	err := d.move(id, layersDir, deletedDir)
 	if err != nil && !errors.Is(err, syscall.ENOENT) {
 		return err
 	}
@@ -38,7 +38,7 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 	if err := d.destroy(ctx, newDir, id); err != nil {
 		return err
 	}
-	if l, err := d.read(deletedDir, id); err == nil && !l.Shared && d.pool.OnFiles() {
+	if l, err := d.read(deletedDir, id); err == nil && d.worthDiscard(l) {
 		d.discard(ctx, l)
 	}
 	return d.destroy(ctx, deletedDir, id)
@@ -74,9 +74,16 @@ func (d *driver) releaseAll(ctx context.Context, id drivers.ID) error {
 	return nil
 }
 
-// discard gives the blocks that are the layer's alone back to the file system that the
-// pool's files are on, as far as that can be done. A layer that was never written to
-// has none to speak of.
+// leastDiscard is how much a layer must hold for its blocks to be given back to the
+// file system that the pool's files are on: less than that the pool's next layers take.
+const leastDiscard = 16 << 20
+
+func (d *driver) worthDiscard(l *record) bool {
+	return d.pool.OnFiles() && !l.Shared && (l.Usage == nil || l.Usage.Bytes >= leastDiscard)
+}
+
+// discard gives the blocks that are the layer's alone back to that
+// file system, as far as that can be done.
 func (d *driver) discard(ctx context.Context, l *record) {
 	v := d.private(l.Thin, false)
 	_ = d.shown(ctx, v, func() error {

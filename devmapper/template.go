@@ -70,6 +70,9 @@ func (d *driver) makeTemplate(ctx context.Context, o options) error {
 		if err != nil {
 			return err
 		}
+		if o.size == 0 {
+			o.size = defaultSize
+		}
 		t := template{FS: "ext4", Bytes: o.size / d.pool.BlockBytes() * d.pool.BlockBytes(), Thin: id, Tool: mkfsTool + " " + strings.Join(mkfsArgs, " ")}
 		v := thin.Volume{Name: d.deviceName(0, id), ID: id, Sectors: t.sectors()}
 		if err := c.Deactivate(v.Name); err != nil { // of an Open that died

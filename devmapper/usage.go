@@ -41,21 +41,42 @@ func (d *driver) measure(ctx context.Context, r drivers.Ref, thinID uint32) (u d
 		}
 		below = p.Thin
 	}
+	if err := d.pool.Flush(); err != nil { // what the kernel has in memory counts, too
+		return u, err
+	}
+	blocks, err := d.exclusive(ctx, metadata.ID(thinID), metadata.ID(below))
+	return drivers.Usage{Bytes: int64(blocks) * d.pool.BlockBytes(), Inodes: -1}, err
+}
+
+// exclusive counts from the pool's metadata as it is on the disk. What a superblock leads
+// to stays until there is another one: so what was read holds if the superblock has
+// not changed meanwhile. Where it always does, a metadata snapshot is taken.
+func (d *driver) exclusive(ctx context.Context, id, below metadata.ID) (blocks uint64, err error) {
+	file, err := metadata.OpenFile(d.pool.MetadataPath())
+	if err != nil {
+		return 0, err
+	}
+	defer file.Close()
+	const tries = 3
+	for range tries {
+		m, err := metadata.Open(file)
+		if err != nil {
+			continue // the kernel is writing it
+		}
+		blocks, err := m.Exclusive(id, below)
+		if now, againErr := metadata.Open(file); err == nil && againErr == nil && now.Superblock() == m.Superblock() {
+			return blocks, nil
+		}
+	}
 	s, err := d.pool.Snapshot(ctx)
 	if err != nil {
-		return u, err
+		return 0, err
 	}
 	defer func() {
 		if releaseErr := s.Release(); err == nil {
 			err = releaseErr
 		}
 	}()
-	blocks, err := exclusive(s, metadata.ID(thinID), metadata.ID(below))
-	return drivers.Usage{Bytes: int64(blocks) * d.pool.BlockBytes(), Inodes: -1}, err
-}
-
-// exclusive reads a metadata snapshot.
-func exclusive(s *thin.Snapshot, id, below metadata.ID) (blocks uint64, err error) {
 	err = withMetadata(s, func(m *metadata.Pool) error {
 		blocks, err = m.Exclusive(id, below)
 		return err

@@ -21,6 +21,8 @@ in_guest() {
 echo "== the guests themselves"
 LAYERCTL_VM=new go test -count=1 ./internal/testenv/vm
 LAYERCTL_VM=stable go test -count=1 -run 'Guest|PowerCut' ./internal/testenv/vm
+echo "== a thin pool that loses its power"
+LAYERCTL_VM=new go test -count=1 -run TestMachineLosesItsPower ./devmapper
 if dmsetup version >/dev/null 2>&1; then # the node alone says nothing
 	echo "== ./devmapper/... on this machine"
 	LAYERCTL_EXPECT_DM=1 scripts/gotest.sh -exec env ./devmapper/...

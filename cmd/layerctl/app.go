@@ -33,6 +33,7 @@ type app struct {
 	progress string
 	quiet    bool
 	volatile bool
+	options  []string // --driver-option
 
 	importOptions importOptions
 	limits        layer.Limits // --limit
@@ -89,7 +90,11 @@ func (a *app) openStore(ctx context.Context) (*snapshot.Store, error) {
 	if err := a.needStore(); err != nil {
 		return nil, err
 	}
-	s, err := layerctl.Open(ctx, a.root, layerctl.Options{Volatile: a.volatile})
+	options, err := driverOptions(a.options)
+	if err != nil {
+		return nil, err
+	}
+	s, err := layerctl.Open(ctx, a.root, layerctl.Options{Volatile: a.volatile, DriverOptions: options})
 	if errors.Is(err, syscall.EROFS) && a.storeExists() {
 		a.readOnly = true
 		s, err = layerctl.Open(ctx, a.root, layerctl.Options{ReadOnly: true})

@@ -1,12 +1,17 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"runtime"
 	"runtime/debug"
+	"strings"
 
+	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 
+	"github.com/layerctl/layerctl"
+	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/userns"
 )
 
@@ -43,6 +48,7 @@ func (a *app) command() *cobra.Command {
 	f := root.PersistentFlags()
 	f.StringVar(&a.root, "root", "", "the store's directory (default /var/lib/layerctl for root, $XDG_DATA_HOME/layerctl for others)")
 	f.StringVar(&a.driver, "driver", "", "the driver of new snapshots (default: the best that works; see info)")
+	f.StringArrayVar(&a.options, "driver-option", nil, "an option of a driver, `DRIVER.NAME=VALUE`; may be repeated")
 	f.StringVar(&a.format, "format", "table", "of lists: table, json or a Go template")
 	f.StringVar(&a.progress, "progress", "auto", "of long work, on standard error: auto, plain, json or none")
 	f.BoolVarP(&a.quiet, "quiet", "q", false, "print names only, and nothing on standard error but errors and a --progress that is named")
@@ -95,6 +101,9 @@ func (a *app) before(cmd *cobra.Command, args []string) error {
 	if err := checkFormat(a.format); err != nil {
 		return usageError{cmd, err}
 	}
+	if _, err := driverOptions(a.options); err != nil {
+		return usageError{cmd, err}
+	}
 	how := cmd.Annotations[nsKey]
 	if how == "" || !userns.Needed() {
 		return nil
@@ -112,6 +121,30 @@ func (a *app) before(cmd *cobra.Command, args []string) error {
 		a.feed(cmd.Context(), &c, args)
 	}
 	return a.enterNamespaces(c)
+}
+
+// driverOptions understands --driver-option: by driver, by name.
+func driverOptions(given []string) (map[string]map[string]string, error) {
+	all := map[string]map[string]string{}
+	for _, o := range given {
+		key, value, ok := strings.Cut(o, "=")
+		driver, name, dot := strings.Cut(key, ".")
+		if !ok || !dot || name == "" {
+			return nil, fmt.Errorf("--driver-option %q is not DRIVER.NAME=VALUE: %w", o, errdefs.ErrInvalidArgument)
+		}
+		f, err := layerctl.Drivers().Lookup(driver)
+		if err != nil {
+			return nil, fmt.Errorf("--driver-option %q: %w", o, err)
+		}
+		if err := drivers.CheckOptions(f.Options, map[string]string{name: value}); err != nil {
+			return nil, fmt.Errorf("--driver-option %q: %w", o, err)
+		}
+		if all[driver] == nil {
+			all[driver] = map[string]string{}
+		}
+		all[driver][name] = value
+	}
+	return all, nil
 }
 
 // versionString is the version that the linker or the module system knows, else
