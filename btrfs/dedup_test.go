@@ -3,6 +3,7 @@ package btrfs
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"math/rand/v2"
 	"os"
 	"testing"
@@ -16,11 +17,10 @@ import (
 )
 
 func noise(seed uint64, size int) []byte {
+	var key [32]byte
+	binary.LittleEndian.PutUint64(key[:], seed)
 	b := make([]byte, size)
-	rnd := rand.New(rand.NewPCG(seed, 1))
-	for i := range b {
-		b[i] = byte(rnd.Uint32())
-	}
+	_, _ = rand.NewChaCha8(key).Read(b)
 	return b
 }
 

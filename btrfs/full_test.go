@@ -17,6 +17,7 @@ import (
 // metadata, a call works or says ErrResourceExhausted; what was committed and what
 // is being written stay as they are; and a removal makes room.
 func TestFullFileSystem(t *testing.T) {
+	testenv.Slow(t)
 	for name, fill := range map[string]func(dir string) error{"data": fillData, "metadata": fillMetadata} {
 		t.Run(name, func(t *testing.T) { fullFileSystem(t, fill) })
 	}
