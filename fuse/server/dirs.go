@@ -52,12 +52,13 @@ type halfDir struct {
 const maxHalfRead = 32
 
 // take returns the directory that was read up to off, for its next request alone;
-// nil if there is none.
+// nil if there is none. For who begins any will do in which nothing has changed: many
+// look whether a directory is empty, and then read it.
 func (h *halfRead) take(node, off uint64) *union.Dir {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for i := len(h.list) - 1; i >= 0; i-- {
-		if x := h.list[i]; x.node == node && x.next == off {
+		if x := h.list[i]; x.node == node && (x.next == off || off == dots && x.d.Again()) {
 			h.list = slices.Delete(h.list, i, i+1)
 			h.some.Store(int32(len(h.list)))
 			return x.d

@@ -30,6 +30,7 @@ type Dir struct {
 	pure  int      // how many items, from the first on, do not come from a lower
 	ended bool     // reading came to the end, which was behind offset end
 	end   uint64
+	told  uint64 // names up to this offset were given with their nodes
 }
 
 // hashed is an item of a list, and where it stands.
@@ -80,18 +81,36 @@ func (d *Dir) Close() error {
 	return nil
 }
 
-func (d *Dir) reset() { d.list, d.order, d.read, d.pure, d.ended = nil, nil, false, 0, false }
+func (d *Dir) reset() {
+	d.list, d.order, d.read, d.pure, d.ended, d.told = nil, nil, false, 0, false, 0
+}
 
-// Ended reports whether the last Read came to the end. The names are given up
+// keptNames is how many names a Dir that was read to the end keeps (Again).
+const keptNames = 512
+
+// Ended reports whether the last Read came to the end. Many names are given up
 // then: who asks what comes behind the end, as all do who read a directory, is told
 // without another look, unless names have changed.
 func (d *Dir) Ended() bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.ended {
+	if d.ended && len(d.order) > keptNames {
 		d.list, d.order = nil, nil
 	}
 	return d.ended
+}
+
+// Again reports whether what was read is still what the directory shows; then
+// reading begins anew with it. Names that came with their nodes come without: who
+// asked has them.
+func (d *Dir) Again() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.list == nil || d.node.has(isDead) || d.seen != d.node.dir.changed.Load() {
+		return false
+	}
+	d.read, d.ended = false, false
+	return true
 }
 
 // Fsync flushes the directory's names.
@@ -127,22 +146,32 @@ type dirItem struct {
 func (d *Dir) Read(off uint64, add func(DirEntry) bool) error {
 	defer d.purify()
 	return d.walk(off, func(i *dirItem) (bool, error) {
-		e := DirEntry{Name: string(i.name), Ino: i.ino, Type: i.typ, Next: i.next}
-		if e.Ino == 0 || e.Type == 0 {
-			var f found
-			switch err := d.fs.find(d.node, e.Name, &f, -1); {
-			case err == nil:
-				e.Ino, e.Type = d.fs.shownIno(d.node, e.Name, &f), f.st.Type()
-				i.below = !f.upper || f.hasLow || len(f.lowers) > 0 || e.Ino != d.fs.ino(0, f.st.Ino)
-			case broken(err):
-				i.below = true
-				e.Ino = max(e.Ino, 1) // with 0 it would not be seen
-			default:
-				return true, gone(err)
-			}
+		e, err := d.plain(i)
+		if err != nil {
+			return true, gone(err)
 		}
 		return add(e), nil
 	})
+}
+
+// plain is a name without its node.
+func (d *Dir) plain(i *dirItem) (DirEntry, error) {
+	e := DirEntry{Name: string(i.name), Ino: i.ino, Type: i.typ, Next: i.next}
+	if e.Ino != 0 && e.Type != 0 {
+		return e, nil
+	}
+	var f found
+	switch err := d.fs.find(d.node, e.Name, &f, -1); {
+	case err == nil:
+		e.Ino, e.Type = d.fs.shownIno(d.node, e.Name, &f), f.st.Type()
+		i.below = !f.upper || f.hasLow || len(f.lowers) > 0 || e.Ino != d.fs.ino(0, f.st.Ino)
+	case broken(err):
+		i.below = true
+		e.Ino = max(e.Ino, 1) // with 0 it would not be seen
+	default:
+		return e, err
+	}
+	return e, nil
 }
 
 // gone is nil for an error that says that a name is not there any more.
@@ -161,10 +190,18 @@ func broken(err error) bool {
 }
 
 // ReadPlus is Read with the node behind each name, with a reference for the
-// caller if add returns true; no node where what the name leads to is broken.
+// caller if add returns true; no node where what the name leads to is broken, or
+// where the caller has it already (Again).
 func (d *Dir) ReadPlus(off uint64, add func(DirEntry, Entry) bool) error {
 	defer d.purify()
 	return d.walk(off, func(i *dirItem) (bool, error) {
+		if i.next <= d.told {
+			e, err := d.plain(i)
+			if err != nil {
+				return true, gone(err)
+			}
+			return add(e, Entry{}), nil
+		}
 		name := string(i.name)
 		e, err := d.fs.lookup(d.node, name, i.lower, false)
 		if broken(err) {
@@ -179,6 +216,9 @@ func (d *Dir) ReadPlus(off uint64, add func(DirEntry, Entry) bool) error {
 			d.fs.Forget(e.Node.id, 1)
 			return false, nil
 		}
+		if off <= d.told {
+			d.told, off = i.next, i.next
+		}
 		return true, nil
 	})
 }
@@ -190,10 +230,13 @@ func (d *Dir) walk(off uint64, f func(*dirItem) (bool, error)) error {
 	if d.node == nil {
 		return syscall.EBADF
 	}
-	if d.ended && off >= d.end && d.seen == d.node.dir.changed.Load() {
-		return nil
+	if d.ended && off >= d.end {
+		if d.seen == d.node.dir.changed.Load() {
+			return nil
+		}
+		d.reset()
 	}
-	if off == 0 && d.read || d.list == nil {
+	if off == 0 && (d.read || d.ended) || d.list == nil {
 		d.reset()
 		if d.node.has(isDead) {
 			return nil
