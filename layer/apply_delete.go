@@ -192,12 +192,14 @@ func (u *unpacker) opaque(it *item) error {
 	if err := u.dirs.forget(d.path, false, true); err != nil {
 		return err
 	}
-	p := purge{u: u}
-	gone, _, err := p.content(d.up, d.path, d.own)
-	if err != nil {
-		return err
+	if !d.own || u.passed && d.below != nothing { // else nothing of before is left, however often the archive says so
+		p := purge{u: u}
+		gone, _, err := p.content(d.up, d.path, d.own)
+		if err != nil {
+			return err
+		}
+		d.dirty = d.dirty || gone
 	}
-	d.dirty = d.dirty || gone
 	if !d.own {
 		d.own = true
 		u.setMark(d.path, u.markOf(d.path)|markOwn)
