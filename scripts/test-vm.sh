@@ -27,8 +27,7 @@ if dmsetup version >/dev/null 2>&1; then # the node alone says nothing
 	echo "== ./devmapper/... on this machine"
 	LAYERCTL_EXPECT_DM=1 scripts/gotest.sh -exec env ./devmapper/...
 fi
-in_guest new -skip 'a_deep_stack' ./devmapper/...
-in_guest new -run 'TestContainerdSuite/devmapper' -skip '128Layers' ./snapshot
+in_guest new -skip 'TestDriver/ext4/a_deep_stack|TestContainerdSuite/128Layers' ./devmapper/...
 in_guest new -run 'TestQuota$' ./overlay
 in_guest stable -run 'TestQuota$' ./overlay
 in_guest stable ./mount ./devmapper/dm ./devmapper/thin ./devmapper/metadata

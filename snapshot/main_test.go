@@ -13,7 +13,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 
 	"github.com/layerctl/layerctl/btrfs"
-	"github.com/layerctl/layerctl/devmapper"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/native"
 	"github.com/layerctl/layerctl/fuse"
@@ -31,7 +30,7 @@ func TestMain(m *testing.M) {
 }
 
 func registry() *drivers.Registry {
-	return drivers.NewRegistry(overlay.Factory(), btrfs.Factory(), fuse.Factory(), native.Factory(), devmapper.Factory())
+	return drivers.NewRegistry(overlay.Factory(), btrfs.Factory(), fuse.Factory(), native.Factory())
 }
 
 // logs collects what a store says.

@@ -7,7 +7,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
 
-	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/snapshot"
 )
@@ -25,15 +24,11 @@ func TestContainerdSuite(t *testing.T) {
 		{"overlay-redirect", "overlay", map[string]string{"redirect_dir": "on"}},
 		{"fuse-redirect", "fuse", map[string]string{"redirect_dir": "on"}}, // the suite renames a directory
 		{"btrfs", "btrfs", nil},
-		{"devmapper", "devmapper", nil},
 	} {
 		if testing.Short() && c.name != "overlayfs" {
 			continue // its goroutines are the same
 		}
 		t.Run(c.name, func(t *testing.T) {
-			if err := thin.Probe(); c.driver == "devmapper" && err != nil {
-				testenv.NoDeviceMapper(t, err)
-			}
 			tmp := testenv.Scratch(t)
 			if c.driver == "btrfs" {
 				tmp = testenv.FS(t, "btrfs")
