@@ -54,6 +54,21 @@ var btrfsLargeWorkload = workload{
 	done: func(dir string) error { return command("umount", dir+"/fs") },
 }
 
+// btrfsQuota is the workload of a child with accounting of a kind switched on.
+func btrfsQuota(kind string) workload {
+	return workload{
+		name:  "btrfs-" + kind,
+		about: fmt.Sprintf("layerctl alone: a child of %d files as above, %d changed, with quota of the kind %q on.", diffFiles, diffChanged, kind),
+		fixture: func(dir string) error {
+			return errors.Join(btrfsFS(dir, "4G"), onBtrfs(dir, true, func(ctx context.Context, s snapshots.Snapshotter) error {
+				return errors.Join(fill20k(ctx, s), s.(*snapshot.View).Store().EnableQuota(ctx, "btrfs", kind))
+			}), command("sync", "-f", dir+"/fs"))
+		},
+		subjects: []subject{{name: "layerctl", run: func(dir string) error { return onBtrfs(dir, true, btrfsChild) }}},
+		done:     func(dir string) error { return command("umount", dir+"/fs") },
+	}
+}
+
 // bareSnapshot is what every prepare has in it: one snapshot of layerctl's base, by
 // the one request; and a second one, as it is in a process that has just made one.
 func bareSnapshot(dir string) error {

@@ -40,7 +40,7 @@ type subject struct {
 	missing func() string
 }
 
-var workloads = []workload{applyWorkload, diffWorkload, usageWorkload, prepareWorkload, startWorkload, btrfsWorkload, btrfsLargeWorkload}
+var workloads = []workload{applyWorkload, diffWorkload, usageWorkload, prepareWorkload, startWorkload, btrfsWorkload, btrfsLargeWorkload, btrfsQuota("simple"), btrfsQuota("qgroups")}
 
 var (
 	runs     = flag.Int("runs", 5, "counted runs of each subject, after one that warms up")
