@@ -106,4 +106,5 @@ func ExampleDrivers() {
 	// btrfs
 	// fuse
 	// native
+	// devmapper
 }
