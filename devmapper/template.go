@@ -190,17 +190,6 @@ func (t *template) mount(v thin.Volume, o drivers.MountOptions) mount.Mount {
 			m.Options = append(m.Options, "nobarrier")
 		}
 	}
-	if !o.IDMap.IsZero() {
-		m.Options = append(m.Options, "uidmap="+idRanges(o.IDMap.UIDs), "gidmap="+idRanges(o.IDMap.GIDs))
-	}
+	m.Options = append(m.Options, o.IDMap.MountOptions()...)
 	return m
-}
-
-// idRanges spells ranges as containerd's mount options do.
-func idRanges(rs []drivers.IDRange) string {
-	var ss []string
-	for _, r := range rs {
-		ss = append(ss, fmt.Sprintf("%d:%d:%d", r.ContainerID, r.HostID, r.Size))
-	}
-	return strings.Join(ss, ",")
 }

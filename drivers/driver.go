@@ -2,9 +2,11 @@ package drivers
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"iter"
 	"strconv"
+	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 
@@ -171,6 +173,23 @@ type IDMap struct{ UIDs, GIDs []IDRange }
 
 // IsZero reports whether m maps nothing, which means: as stored.
 func (m IDMap) IsZero() bool { return len(m.UIDs) == 0 && len(m.GIDs) == 0 }
+
+// MountOptions spells the map as containerd's mount.All and package mount read it:
+// "uidmap=CONTAINER:HOST:SIZE,...", "gidmap=...". None for an empty map.
+func (m IDMap) MountOptions() []string {
+	if m.IsZero() {
+		return nil
+	}
+	return []string{"uidmap=" + idRanges(m.UIDs), "gidmap=" + idRanges(m.GIDs)}
+}
+
+func idRanges(rs []IDRange) string {
+	s := make([]string, len(rs))
+	for i, r := range rs {
+		s[i] = fmt.Sprintf("%d:%d:%d", r.ContainerID, r.HostID, r.Size)
+	}
+	return strings.Join(s, ",")
+}
 
 // IDRange maps Size ids: ContainerID.. inside to HostID.. outside.
 type IDRange struct{ ContainerID, HostID, Size uint32 }

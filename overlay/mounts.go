@@ -60,7 +60,7 @@ func (c options) overlayOptions(p upper.Plan) []string {
 	if p.Volatile {
 		o = append(o, "volatile")
 	}
-	o = append(o, upper.IDMapOptions(p.IDMap)...)
+	o = append(o, p.IDMap.MountOptions()...)
 	if p.Upper != "" {
 		o = append(o, "workdir="+p.Work, "upperdir="+p.Upper)
 	}

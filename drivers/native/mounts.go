@@ -43,19 +43,8 @@ func bind(source string, o drivers.MountOptions) mount.Mount {
 	if o.ReadOnly {
 		m.Options[1] = "ro"
 	}
-	if !o.IDMap.IsZero() {
-		m.Options = append(m.Options, "uidmap="+idRanges(o.IDMap.UIDs), "gidmap="+idRanges(o.IDMap.GIDs))
-	}
+	m.Options = append(m.Options, o.IDMap.MountOptions()...)
 	return m
-}
-
-// idRanges spells ranges as containerd's mount options do.
-func idRanges(rs []drivers.IDRange) string {
-	var ss []string
-	for _, r := range rs {
-		ss = append(ss, fmt.Sprintf("%d:%d:%d", r.ContainerID, r.HostID, r.Size))
-	}
-	return strings.Join(ss, ",")
 }
 
 // Owner takes what Mounts made and what mountinfo shows of it, at the tree or

@@ -3,7 +3,6 @@ package upper
 import (
 	"context"
 	"fmt"
-	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/errdefs"
@@ -139,22 +138,5 @@ func bind(dir string, readOnly bool, m drivers.IDMap) mount.Mount {
 	if readOnly {
 		mode = "ro"
 	}
-	return mount.Mount{Type: "bind", Source: dir, Options: append([]string{mode, "rbind"}, IDMapOptions(m)...)}
-}
-
-// IDMapOptions spells an id map as containerd's mount.All reads it, beside a bind or
-// an overlay: "uidmap=CONTAINER:HOST:SIZE,...". None for an empty map.
-func IDMapOptions(m drivers.IDMap) []string {
-	if m.IsZero() {
-		return nil
-	}
-	return []string{"uidmap=" + spell(m.UIDs), "gidmap=" + spell(m.GIDs)}
-}
-
-func spell(rs []drivers.IDRange) string {
-	s := make([]string, len(rs))
-	for i, r := range rs {
-		s[i] = fmt.Sprintf("%d:%d:%d", r.ContainerID, r.HostID, r.Size)
-	}
-	return strings.Join(s, ",")
+	return mount.Mount{Type: "bind", Source: dir, Options: append([]string{mode, "rbind"}, m.MountOptions()...)}
 }
