@@ -82,7 +82,7 @@ func (l *layerDir) checkCommit(r drivers.Ref) error {
 // of it left.
 func (d *driver) dropSource(l *layerDir) {
 	l.sweepSnapshots(context.Background())
-	if there, err := exists(l.Fd, string(writable)); err != nil || !there {
+	if there, err := l.Fd.Exists(string(writable)); err != nil || !there {
 		return
 	}
 	mounted, err := d.mountedAt(l.id, func(i mount.Info) bool {

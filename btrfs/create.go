@@ -8,6 +8,7 @@ import (
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -45,7 +46,7 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 	if err := d.refuseExisting(r.ID); err != nil {
 		return err
 	}
-	making, err := d.open(newDir)
+	making, err := d.open(roots.New)
 	if err != nil {
 		return err
 	}
@@ -62,7 +63,7 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 	if err := d.build(ctx, making, parent, r, o); err != nil {
 		return err
 	}
-	layers, err := d.open(layersDir)
+	layers, err := d.open(roots.Layers)
 	if err != nil {
 		return err
 	}
@@ -89,12 +90,12 @@ func (d *driver) parent(r drivers.Ref) (*layerDir, error) {
 
 // refuseExisting refuses an ID that is there, in whatever state.
 func (d *driver) refuseExisting(id drivers.ID) error {
-	for _, name := range []string{layersDir, deletedDir} {
+	for _, name := range []string{roots.Layers, roots.Deleted} {
 		dir, err := d.open(name)
 		if err != nil {
 			return err
 		}
-		there, err := exists(dir, id.String())
+		there, err := dir.Exists(id.String())
 		dir.Close()
 		if err != nil {
 			return err

@@ -13,6 +13,7 @@ import (
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
 )
@@ -145,7 +146,7 @@ func TestQgroupsThatAreNotOursStay(t *testing.T) {
 		if _, err := ioctl.Qgroup(root, number); mode == ioctl.QuotaSimple && err != nil {
 			h.Errorf("qgroup 0/%d: %v", number, err)
 		}
-		ents, err := os.ReadDir(h.d.root + "/" + deletedDir)
+		ents, err := os.ReadDir(h.d.root + "/" + roots.Deleted)
 		if err != nil || len(ents) > 0 {
 			h.Errorf("left: %v, %v", ents, err)
 		}
@@ -212,7 +213,7 @@ func TestRemoveSurvivesAPowerCut(t *testing.T) {
 	for range 3 {
 		child := h.script(base, "echo 2 >f; mkdir d; echo 3 >d/g")
 		h.must(h.d.SyncUsage(h.ctx))
-		layers, err := h.d.open(layersDir)
+		layers, err := h.d.open(roots.Layers)
 		h.must(err)
 		h.must(h.d.destroyer(h.ctx).layer(layers, child.ID.String()))
 		layers.Close()

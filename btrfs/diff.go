@@ -207,7 +207,7 @@ func (l *layerDir) snapshotDir() (name string, dir *sys.Fd, lock *sys.Lock, err 
 		lock, err = dir.TryLock(sys.LockExclusive)
 		if err == nil {
 			var there bool
-			if there, err = exists(l.Fd, name); there {
+			if there, err = l.Fd.Exists(name); there {
 				return name, dir, lock, nil
 			}
 			lock.Close()

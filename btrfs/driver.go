@@ -10,6 +10,7 @@ import (
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/layer"
 )
@@ -66,44 +67,10 @@ func (d *driver) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o laye
 	return layer.Apply(ctx, d.treePath(r.ID, l.kind), tar, o)
 }
 
-// IDs lists what stands in l, new and del.
-func (d *driver) IDs(ctx context.Context) iter.Seq2[drivers.ID, error] {
-	return func(yield func(drivers.ID, error) bool) {
-		seen := map[drivers.ID]bool{}
-		for _, name := range []string{layersDir, newDir, deletedDir} {
-			ids, err := d.idsIn(ctx, name)
-			if err != nil {
-				yield(0, fmt.Errorf("btrfs: ids: %w", err))
-				return
-			}
-			for _, id := range ids {
-				if !seen[id] && !yield(id, nil) {
-					return
-				}
-				seen[id] = true
-			}
-		}
-	}
-}
-
-func (d *driver) idsIn(ctx context.Context, name string) ([]drivers.ID, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	dir, err := d.open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	names, err := dir.ReadDir()
-	var ids []drivers.ID
-	for _, e := range names {
-		if id, ok := drivers.ParseID(e.Name); ok {
-			ids = append(ids, id)
-		}
-	}
-	return ids, err
-}
-
 // open opens one of the root's directories.
 func (d *driver) open(name string) (*sys.Fd, error) { return sys.OpenDir(d.root + "/" + name) }
+
+// IDs lists what stands in l, new and del.
+func (d *driver) IDs(ctx context.Context) iter.Seq2[drivers.ID, error] {
+	return roots.IDs(ctx, Name, d.root)
+}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/mount"
@@ -81,7 +82,7 @@ func open(ctx context.Context, c drivers.Config) (*driver, error) {
 	if err := onBtrfs(filepath.Dir(filepath.Clean(c.Root))); err != nil {
 		return nil, err
 	}
-	root, err := makeRoot(c.Root)
+	root, err := roots.Make(c.Root)
 	if err != nil {
 		return nil, err
 	}
@@ -100,52 +101,6 @@ func open(ctx context.Context, c drivers.Config) (*driver, error) {
 		UsageBytes: f.admin, UsageInodes: f.admin, Lost: f.lost,
 	}
 	return d, nil
-}
-
-// makeRoot makes what is missing of the root's directories and returns the root
-// without symlinks.
-func makeRoot(path string) (string, error) {
-	if err := makeDir(path); err != nil {
-		return "", err
-	}
-	abs, err := filepath.Abs(path)
-	if err != nil {
-		return "", err
-	}
-	root, err := filepath.EvalSymlinks(abs)
-	if err != nil {
-		return "", err
-	}
-	for _, name := range []string{layersDir, newDir, deletedDir} {
-		if err := makeDir(filepath.Join(root, name)); err != nil {
-			return "", err
-		}
-	}
-	return root, nil
-}
-
-// makeDir makes a directory of mode 0700, if it is missing, that hands no ACL and
-// no setgid bit of a directory above down to the subvolumes below.
-func makeDir(path string) error {
-	err := os.Mkdir(path, 0o700)
-	if errors.Is(err, os.ErrExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	f, err := sys.OpenDir(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	for _, acl := range []string{"system.posix_acl_default", "system.posix_acl_access"} {
-		err := f.Removexattr("", acl)
-		if err != nil && !errors.Is(err, syscall.ENODATA) && !errors.Is(err, syscall.EOPNOTSUPP) {
-			return err
-		}
-	}
-	return f.Chmod(0o700)
 }
 
 // The features that are tried beside btrfs's ioctls.

@@ -9,16 +9,12 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
-// The names of a root, see the package doc.
-const (
-	layersDir  = "l"
-	newDir     = "new"
-	deletedDir = "del"
-	diffPrefix = "diff."
-)
+// diffPrefix begins the names, in a layer, of what a Diff shows it by.
+const diffPrefix = "diff."
 
 // kind is what a layer is, and the name of its subvolume.
 type kind string
@@ -58,7 +54,7 @@ type layerDir struct {
 
 // layer opens a layer.
 func (d *driver) layer(id drivers.ID) (*layerDir, error) {
-	all, err := d.open(layersDir)
+	all, err := d.open(roots.Layers)
 	if err != nil {
 		return nil, err
 	}
@@ -79,7 +75,7 @@ func (d *driver) layer(id drivers.ID) (*layerDir, error) {
 // was changed by somebody else.
 func (l *layerDir) read() error {
 	for _, k := range []kind{committed, view, writable} { // a committed one may still have the other
-		there, err := exists(l.Fd, string(k))
+		there, err := l.Fd.Exists(string(k))
 		if err != nil {
 			return err
 		}
@@ -125,14 +121,5 @@ func (l *layerDir) tree() (*sys.Fd, error) {
 
 // treePath is where a layer's tree is.
 func (d *driver) treePath(id drivers.ID, k kind) string {
-	return d.root + "/" + layersDir + "/" + id.String() + "/" + string(k)
-}
-
-// exists reports whether dir has name.
-func exists(dir *sys.Fd, name string) (bool, error) {
-	_, err := dir.Stat(name)
-	if errors.Is(err, syscall.ENOENT) {
-		return false, nil
-	}
-	return err == nil, err
+	return d.root + "/" + roots.Layers + "/" + id.String() + "/" + string(k)
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/mount"
 )
@@ -62,7 +63,7 @@ func (d *driver) Owner(ms []mount.Mount) (drivers.ID, bool) {
 
 // layerOf finds ROOT/l/ID/KIND at the front of a path.
 func (d *driver) layerOf(source string) (drivers.ID, kind, bool) {
-	rest, ok := strings.CutPrefix(source, d.root+"/"+layersDir+"/")
+	rest, ok := strings.CutPrefix(source, d.root+"/"+roots.Layers+"/")
 	if !ok {
 		return 0, "", false
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/mount"
 )
@@ -39,7 +40,7 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 	if err := drivers.Step(ctx, "btrfs: remove: renamed"); err != nil {
 		return err
 	}
-	for _, name := range []string{newDir, deletedDir} {
+	for _, name := range []string{roots.New, roots.Deleted} {
 		if err := d.empty(ctx, name, id); err != nil {
 			return err
 		}
@@ -53,12 +54,12 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 // deletions, not for renames: there the layer is deleted where it is, and until that
 // is done is one whose subvolume is lost.
 func (d *driver) discard(ctx context.Context, id drivers.ID) error {
-	layers, err := d.open(layersDir)
+	layers, err := d.open(roots.Layers)
 	if err != nil {
 		return err
 	}
 	defer layers.Close()
-	deleted, err := d.open(deletedDir)
+	deleted, err := d.open(roots.Deleted)
 	if err != nil {
 		return err
 	}
@@ -71,7 +72,7 @@ func (d *driver) discard(ctx context.Context, id drivers.ID) error {
 	case errors.Is(err, syscall.ENOENT):
 		return nil
 	case drivers.IsFull(err):
-		return d.empty(ctx, layersDir, id)
+		return d.empty(ctx, roots.Layers, id)
 	}
 	return err
 }
@@ -87,7 +88,7 @@ func (d *driver) empty(ctx context.Context, name string, id drivers.ID) error {
 		return err
 	}
 	defer dir.Close()
-	there, err := exists(dir, id.String())
+	there, err := dir.Exists(id.String())
 	if err != nil || !there {
 		return err
 	}

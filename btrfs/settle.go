@@ -15,6 +15,7 @@ import (
 
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -77,7 +78,7 @@ const qgroupPrefix = ".qgroup-"
 // noteQgroup notes a subvolume whose qgroup the kernel keeps for now. Without the
 // note it stays, and counts nothing.
 func (d *driver) noteQgroup(subvol uint64) {
-	f, err := sys.Open(d.root+"/"+deletedDir+"/"+qgroupPrefix+strconv.FormatUint(subvol, 10), sys.O_WRONLY|sys.O_CREAT|sys.O_NOFOLLOW, 0o600)
+	f, err := sys.Open(d.root+"/"+roots.Deleted+"/"+qgroupPrefix+strconv.FormatUint(subvol, 10), sys.O_WRONLY|sys.O_CREAT|sys.O_NOFOLLOW, 0o600)
 	if err == nil {
 		f.Close()
 	}
@@ -89,7 +90,7 @@ const someQgroups = 4
 // dropQgroups looks at some of the noted ones and drops those that count nothing any
 // more.
 func (d *driver) dropQgroups(some int) error {
-	del, err := d.open(deletedDir)
+	del, err := d.open(roots.Deleted)
 	if err != nil {
 		return err
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/mount"
 )
@@ -65,10 +66,10 @@ func (d *driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOpti
 // replace is the commit point. Where Create left the layer's name unsynced, it is on
 // the disk now, too.
 func (d *driver) replace(id drivers.ID, l *record) error {
-	if err := d.write(layersDir, id, l); err != nil {
+	if err := d.write(roots.Layers, id, l); err != nil {
 		return err
 	}
-	return d.sync(newDir)
+	return d.sync(roots.New)
 }
 
 var errInUse = fmt.Errorf("somebody has it open: %w", errdefs.ErrFailedPrecondition)
@@ -138,7 +139,7 @@ func (d *driver) commitOpen(ctx context.Context, r drivers.Ref, l *record, v thi
 	u, err := d.commitSnapshot(ctx, r, l, v, t, o)
 	if err != nil {
 		dropErr := d.pool.Exclusive(context.WithoutCancel(ctx), func(c *thin.Change) error {
-			now, readErr := d.read(layersDir, r.ID)
+			now, readErr := d.read(roots.Layers, r.ID)
 			if readErr != nil || now.Thin == t.id { // committed: an error of the last step
 				d.forget(t)
 				return nil

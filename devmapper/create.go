@@ -11,6 +11,7 @@ import (
 
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/mount"
 )
@@ -34,7 +35,7 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 			return err
 		}
 		l.Thin = origin
-		return d.write(layersDir, r.ID, l)
+		return d.write(roots.Layers, r.ID, l)
 	}
 	made := false // from then on there is something to clean up
 	err = d.pool.Exclusive(ctx, func(c *thin.Change) error {
@@ -51,10 +52,10 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 		err = drivers.Step(ctx, "devmapper: create: transaction set")
 	}
 	if err == nil {
-		err = d.move(r.ID, newDir, layersDir) // a cut may lose the layer whole
+		err = d.move(r.ID, roots.New, roots.Layers) // a cut may lose the layer whole
 	}
 	if err != nil && made { // what this cannot delete Remove can
-		_ = d.destroy(context.WithoutCancel(ctx), newDir, r.ID)
+		_ = d.destroy(context.WithoutCancel(ctx), roots.New, r.ID)
 	}
 	return err
 }
@@ -103,8 +104,8 @@ func (d *driver) parent(r drivers.Ref) (*record, error) {
 
 // refuseExisting refuses an ID that is there, in whatever state.
 func (d *driver) refuseExisting(id drivers.ID) error {
-	for _, name := range []string{layersDir, newDir, deletedDir} {
-		there, err := d.exists(name, id)
+	for _, name := range roots.All {
+		there, err := d.dir.Exists(name + "/" + id.String())
 		if err != nil {
 			return err
 		}
@@ -125,7 +126,7 @@ func (d *driver) snapshot(ctx context.Context, c *thin.Change, id drivers.ID, l 
 	l.Tx = s.Transaction + 1
 	err = d.takeID(c, func(thinID uint32) error {
 		l.Thin = thinID
-		if err := d.write(newDir, id, l); err != nil {
+		if err := d.write(roots.New, id, l); err != nil {
 			return err
 		}
 		if err := drivers.Step(ctx, "devmapper: create: recorded"); err != nil {
@@ -199,8 +200,8 @@ func (d *driver) unlink(name string, id drivers.ID) error {
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if name == deletedDir {
-		if err := d.sync(layersDir); err != nil {
+	if name == roots.Deleted {
+		if err := d.sync(roots.Layers); err != nil {
 			return err
 		}
 	}
@@ -225,24 +226,12 @@ func (d *driver) deleteThin(c *thin.Change, id drivers.ID, l *record) error {
 
 // othersWith reports whether another layer has, or may have, a thin id.
 func (d *driver) othersWith(thinID uint32, but drivers.ID) (bool, error) {
-	for _, name := range []string{layersDir, newDir, deletedDir} {
-		names, err := d.names(context.Background(), name)
-		if err != nil {
-			return false, err
+	others := d.template.Thin == thinID
+	err := d.records(func(id drivers.ID, r *record, err error) error {
+		if id != but && (err != nil || r.Thin == thinID) { // one that cannot be read may have it
+			others = true
 		}
-		for _, n := range names {
-			id, ok := drivers.ParseID(n)
-			if !ok || id == but {
-				continue
-			}
-			r, err := d.read(name, id)
-			if errors.Is(err, syscall.ENOENT) {
-				continue
-			}
-			if err != nil || r.Thin == thinID { // one that cannot be read may have it
-				return true, nil
-			}
-		}
-	}
-	return d.template.Thin == thinID, nil
+		return nil
+	})
+	return others, err
 }

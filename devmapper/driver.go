@@ -16,6 +16,7 @@ import (
 
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/layer"
 	"github.com/layerctl/layerctl/mount"
@@ -123,41 +124,7 @@ func (d *driver) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o laye
 
 // IDs lists what stands in l, new and del.
 func (d *driver) IDs(ctx context.Context) iter.Seq2[drivers.ID, error] {
-	return func(yield func(drivers.ID, error) bool) {
-		seen := map[drivers.ID]bool{}
-		for _, name := range []string{layersDir, newDir, deletedDir} {
-			names, err := d.names(ctx, name)
-			if err != nil {
-				yield(0, fmt.Errorf("devmapper: ids: %w", err))
-				return
-			}
-			for _, n := range names {
-				if id, ok := drivers.ParseID(n); ok && !seen[id] {
-					if !yield(id, nil) {
-						return
-					}
-					seen[id] = true
-				}
-			}
-		}
-	}
-}
-
-func (d *driver) names(ctx context.Context, name string) ([]string, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	dir, err := d.open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	entries, err := dir.ReadDir()
-	var names []string
-	for _, e := range entries {
-		names = append(names, e.Name)
-	}
-	return names, err
+	return roots.IDs(ctx, Name, d.root)
 }
 
 // open opens one of the root's directories.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/mount"
@@ -148,7 +148,7 @@ func open(ctx context.Context, c drivers.Config) (d *driver, err error) {
 	if err := thin.Probe(); err != nil { // before there is a directory
 		return nil, err
 	}
-	root, err := makeRoot(c.Root)
+	root, err := roots.Make(c.Root, tempDir)
 	if err != nil {
 		return nil, err
 	}
@@ -206,7 +206,7 @@ func (d *driver) resumeIfLeft(name string) error {
 	if !ok {
 		return nil
 	}
-	f, err := sys.Open(d.root+"/"+layersDir+"/"+id.String(), sys.O_RDONLY|sys.O_NOFOLLOW, 0)
+	f, err := sys.Open(d.root+"/"+roots.Layers+"/"+id.String(), sys.O_RDONLY|sys.O_NOFOLLOW, 0)
 	if errors.Is(err, syscall.ENOENT) {
 		return nil
 	}
@@ -244,38 +244,4 @@ func (d *driver) tryTemplate(ctx context.Context) (idMap bool, err error) {
 		return nil
 	})
 	return idMap, err
-}
-
-// makeRoot makes what is missing of the root's directories and returns the root
-// without symlinks.
-func makeRoot(path string) (string, error) {
-	if err := makeDir(path); err != nil {
-		return "", err
-	}
-	abs, err := filepath.Abs(path)
-	if err != nil {
-		return "", err
-	}
-	root, err := filepath.EvalSymlinks(abs)
-	if err != nil {
-		return "", err
-	}
-	for _, name := range []string{layersDir, newDir, deletedDir, tempDir} {
-		if err := makeDir(filepath.Join(root, name)); err != nil {
-			return "", err
-		}
-	}
-	f, err := sys.OpenDir(root)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	return root, f.Sync()
-}
-
-func makeDir(path string) error {
-	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, syscall.EEXIST) {
-		return err
-	}
-	return nil
 }

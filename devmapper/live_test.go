@@ -21,6 +21,7 @@ import (
 	"github.com/layerctl/layerctl/devmapper/metadata"
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/faults"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
@@ -160,22 +161,18 @@ func (b *bench) whole() (loose []uint32) {
 		in[id] = true
 	}
 	owners := map[uint32][]string{b.template.Thin: {"template"}}
-	for _, name := range []string{layersDir, newDir, deletedDir} {
-		names, err := b.names(context.Background(), name)
+	for _, name := range roots.All {
+		ids, err := roots.In(context.Background(), b.root, name)
 		b.check(err)
-		for _, n := range names {
-			id, ok := drivers.ParseID(n)
-			if !ok {
-				continue
-			}
+		for _, id := range ids {
 			r, err := b.read(name, id)
 			b.check(err)
 			if r.Shared {
 				continue
 			}
-			owners[r.Thin] = append(owners[r.Thin], name+"/"+n)
-			if name == layersDir && !in[r.Thin] {
-				b.Errorf("layer %s has thin device %d, which the pool has not", n, r.Thin)
+			owners[r.Thin] = append(owners[r.Thin], name+"/"+id.String())
+			if name == roots.Layers && !in[r.Thin] {
+				b.Errorf("layer %s has thin device %d, which the pool has not", id, r.Thin)
 			}
 		}
 	}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/mount"
 )
@@ -52,7 +53,7 @@ const (
 // activate has the device ready and its record's mtime young. Only who has the lock
 // may make it young: dropIdle, which looks at it, has it, too.
 func (d *driver) activate(ctx context.Context, id drivers.ID, v thin.Volume) error {
-	path := d.root + "/" + layersDir + "/" + id.String()
+	path := d.root + "/" + roots.Layers + "/" + id.String()
 	st, err := sys.LstatPath(path)
 	if err != nil {
 		return err
@@ -61,7 +62,7 @@ func (d *driver) activate(ctx context.Context, id drivers.ID, v thin.Volume) err
 		return nil
 	}
 	return d.pool.Exclusive(ctx, func(c *thin.Change) error {
-		dir, err := d.open(layersDir)
+		dir, err := d.open(roots.Layers)
 		if err != nil {
 			return err
 		}
@@ -90,7 +91,7 @@ func (d *driver) dropIdle(ctx context.Context) {
 			if !ok {
 				continue
 			}
-			st, err := sys.LstatPath(d.root + "/" + layersDir + "/" + id.String())
+			st, err := sys.LstatPath(d.root + "/" + roots.Layers + "/" + id.String())
 			if err == nil && time.Since(time.Unix(st.Mtime.Sec, 0)) < idleAfter {
 				continue
 			}
@@ -103,7 +104,7 @@ func (d *driver) dropIdle(ctx context.Context) {
 // lockLayer excludes others that suspend the layer's device, whichever process they
 // are of.
 func (d *driver) lockLayer(id drivers.ID) (*sys.Lock, error) {
-	return sys.WaitLock(d.root+"/"+layersDir+"/"+id.String(), sys.O_RDONLY, sys.LockExclusive)
+	return sys.WaitLock(d.root+"/"+roots.Layers+"/"+id.String(), sys.O_RDONLY, sys.LockExclusive)
 }
 
 // unsuspend resumes a device that a process left suspended that died.

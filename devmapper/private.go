@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"strconv"
-	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -108,8 +107,8 @@ func (d *driver) deleteTemp(c *thin.Change, id uint32) error {
 // sweepTemps deletes what stands in tmp, belongs to nobody alive and is no layer's. What
 // is still open stays for the next time.
 func (d *driver) sweepTemps(c *thin.Change) error {
-	names, err := d.names(context.Background(), tempDir)
-	if err != nil || len(names) == 0 {
+	temps, err := d.tempIDs()
+	if err != nil || len(temps) == 0 {
 		return err
 	}
 	layers, err := d.layerThins()
@@ -119,12 +118,7 @@ func (d *driver) sweepTemps(c *thin.Change) error {
 	if err != nil {
 		return err
 	}
-	for _, n := range names {
-		id64, err := strconv.ParseUint(n, 10, 24)
-		id := uint32(id64)
-		if err != nil {
-			continue
-		}
+	for _, id := range temps {
 		lock, err := sys.LockFile(d.tempPath(id), sys.LockExclusive)
 		if err != nil {
 			continue // somebody is at work
@@ -145,25 +139,27 @@ func (d *driver) sweepTemps(c *thin.Change) error {
 // layerThins are the ids that layers have, and the template.
 func (d *driver) layerThins() (map[uint32]bool, error) {
 	ids := map[uint32]bool{d.template.Thin: true}
-	for _, name := range []string{layersDir, newDir, deletedDir} {
-		names, err := d.names(context.Background(), name)
-		if err != nil {
-			return nil, err
-		}
-		for _, n := range names {
-			id, ok := drivers.ParseID(n)
-			if !ok {
-				continue
-			}
-			r, err := d.read(name, id)
-			if errors.Is(err, syscall.ENOENT) {
-				continue
-			}
-			if err != nil {
-				return nil, err
-			}
+	err := d.records(func(_ drivers.ID, r *record, err error) error {
+		if err == nil {
 			ids[r.Thin] = true
 		}
+		return err
+	})
+	return ids, err
+}
+
+// tempIDs are the ids that stand in tmp.
+func (d *driver) tempIDs() (ids []uint32, err error) {
+	dir, err := d.open(tempDir)
+	if err != nil {
+		return nil, err
 	}
-	return ids, nil
+	defer dir.Close()
+	names, err := dir.ReadDir()
+	for _, e := range names {
+		if id, err := strconv.ParseUint(e.Name, 10, 24); err == nil {
+			ids = append(ids, uint32(id))
+		}
+	}
+	return ids, err
 }

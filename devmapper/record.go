@@ -13,14 +13,12 @@ import (
 
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
 // The names of a root, see the package doc.
 const (
-	layersDir    = "l"
-	newDir       = "new"
-	deletedDir   = "del"
 	tempDir      = "tmp"
 	templateFile = "template.json"
 )
@@ -53,7 +51,7 @@ type record struct {
 
 // layer reads a layer's record.
 func (d *driver) layer(id drivers.ID) (*record, error) {
-	r, err := d.read(layersDir, id)
+	r, err := d.read(roots.Layers, id)
 	if err != nil {
 		return nil, err
 	}
@@ -193,52 +191,54 @@ func (d *driver) takeID(c *thin.Change, make func(id uint32) error) error {
 	return fmt.Errorf("the pool has thin devices that no record names: is it another store's? %w", errdefs.ErrFailedPrecondition)
 }
 
-// usedIDs reads every record.
+// records calls do with every record there is, in whatever state its layer; with the
+// error of one that cannot be read. One that goes meanwhile is passed over. An error of
+// do ends it.
+func (d *driver) records(do func(drivers.ID, *record, error) error) error {
+	for _, name := range roots.All {
+		ids, err := roots.In(context.Background(), d.root, name)
+		if err != nil {
+			return err
+		}
+		for _, id := range ids {
+			r, err := d.read(name, id)
+			if errors.Is(err, syscall.ENOENT) {
+				continue
+			}
+			if err := do(id, r, err); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// usedIDs reads every record. What one that cannot be read named takeID finds.
 func (d *driver) usedIDs() (map[uint32]bool, error) {
 	used := map[uint32]bool{}
 	if d.template.Bytes != 0 {
 		used[d.template.Thin] = true
 	}
-	ctx := context.Background()
-	for _, name := range []string{layersDir, newDir, deletedDir} {
-		names, err := d.names(ctx, name)
-		if err != nil {
-			return nil, err
+	err := d.records(func(_ drivers.ID, r *record, err error) error {
+		if errdefs.IsDataLoss(err) {
+			return nil
 		}
-		for _, n := range names {
-			id, ok := drivers.ParseID(n)
-			if !ok {
-				continue
-			}
-			r, err := d.read(name, id)
-			switch {
-			case errors.Is(err, syscall.ENOENT), errdefs.IsDataLoss(err): // what it named takeID finds
-			case err != nil:
-				return nil, err
-			default:
-				used[r.Thin] = true
-			}
+		if err == nil {
+			used[r.Thin] = true
 		}
-	}
-	temps, err := d.names(ctx, tempDir)
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
-	for _, n := range temps {
-		if id, err := strconv.ParseUint(n, 10, 24); err == nil {
-			used[uint32(id)] = true
-		}
+	temps, err := d.tempIDs()
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range temps {
+		used[id] = true
 	}
 	return used, nil
-}
-
-// exists reports whether the root's directory has the ID.
-func (d *driver) exists(name string, id drivers.ID) (bool, error) {
-	_, err := d.dir.Stat(name + "/" + id.String())
-	if errors.Is(err, syscall.ENOENT) {
-		return false, nil
-	}
-	return err == nil, err
 }
 
 // move renames a record from one of the root's directories to another. A cut may undo it.

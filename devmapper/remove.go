@@ -12,6 +12,7 @@ import (
 
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -28,20 +29,20 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 	if err := d.releaseAll(ctx, id); err != nil {
 		return err
 	}
-	err := d.move(id, layersDir, deletedDir)
+	err := d.move(id, roots.Layers, roots.Deleted)
 	if err != nil && !errors.Is(err, syscall.ENOENT) {
 		return err
 	}
 	if err := drivers.Step(ctx, "devmapper: remove: renamed"); err != nil {
 		return err
 	}
-	if err := d.destroy(ctx, newDir, id); err != nil {
+	if err := d.destroy(ctx, roots.New, id); err != nil {
 		return err
 	}
-	if l, err := d.read(deletedDir, id); err == nil && d.worthDiscard(l) {
+	if l, err := d.read(roots.Deleted, id); err == nil && d.worthDiscard(l) {
 		d.discard(ctx, l)
 	}
-	return d.destroy(ctx, deletedDir, id)
+	return d.destroy(ctx, roots.Deleted, id)
 }
 
 // releaseAll takes away every device of a layer. One that is open is waited for a

@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
 )
@@ -172,7 +173,7 @@ func TestLayerWithoutMarkerIsLostAndRemovable(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			d := opened(t, t.TempDir())
 			base(t, d, func(string) {})
-			check(t, spoil(filepath.Join(d.root, layersDir, "1", stateFile)))
+			check(t, spoil(filepath.Join(d.root, roots.Layers, "1", stateFile)))
 			_, err := d.Mounts(t.Context(), drivers.Ref{ID: 1}, drivers.MountOptions{})
 			if !errdefs.IsDataLoss(err) {
 				t.Errorf("mounts: %v, want data loss", err)
@@ -186,10 +187,10 @@ func TestLayerWithoutMarkerIsLostAndRemovable(t *testing.T) {
 // directories a crash left.
 func TestDebrisIsListedAndRemoved(t *testing.T) {
 	d := opened(t, t.TempDir())
-	for _, dir := range []string{newDir, deletedDir} {
+	for _, dir := range []string{roots.New, roots.Deleted} {
 		check(t, os.MkdirAll(filepath.Join(d.root, dir, "a", treeDir, "x"), 0o755))
 	}
-	check(t, os.WriteFile(filepath.Join(d.root, layersDir, "not a layer"), nil, 0o600))
+	check(t, os.WriteFile(filepath.Join(d.root, roots.Layers, "not a layer"), nil, 0o600))
 	var ids []drivers.ID
 	for id, err := range d.IDs(t.Context()) {
 		check(t, err)

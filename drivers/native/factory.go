@@ -5,12 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"syscall"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/kprobe"
-	"github.com/layerctl/layerctl/internal/sys"
 )
 
 // Factory makes native drivers. It has no options.
@@ -63,7 +62,7 @@ func open(ctx context.Context, c drivers.Config) (*driver, error) {
 	if err := drivers.CheckOptions(nil, c.Options); err != nil {
 		return nil, err
 	}
-	root, err := makeRoot(c.Root)
+	root, err := roots.Make(c.Root)
 	if err != nil {
 		return nil, err
 	}
@@ -72,65 +71,4 @@ func open(ctx context.Context, c drivers.Config) (*driver, error) {
 		return nil, err
 	}
 	return &driver{root: root, caps: caps}, nil
-}
-
-// makeRoot makes what is missing of the root's directories, lasting from the
-// start, and returns the root without symlinks.
-func makeRoot(path string) (string, error) {
-	made, err := makeDir(path)
-	if err != nil {
-		return "", err
-	}
-	abs, err := filepath.Abs(path)
-	if err != nil {
-		return "", err
-	}
-	root, err := filepath.EvalSymlinks(abs)
-	if err != nil {
-		return "", err
-	}
-	for _, name := range []string{layersDir, newDir, deletedDir} {
-		also, err := makeDir(filepath.Join(root, name))
-		if err != nil {
-			return "", err
-		}
-		made = made || also
-	}
-	if !made { // a read-only file system is good enough
-		return root, nil
-	}
-	f, err := sys.OpenDir(root)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	return root, f.Sync()
-}
-
-// makeDir makes a directory of mode 0700 that hands no ACL of a directory
-// above down to the trees below, and reports whether it was missing.
-func makeDir(path string) (made bool, err error) {
-	err = os.Mkdir(path, 0o700)
-	if errors.Is(err, os.ErrExist) {
-		return false, nil
-	}
-	if err != nil {
-		return false, err
-	}
-	return true, inheritNothing(path)
-}
-
-func inheritNothing(path string) error {
-	f, err := sys.OpenDir(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	for _, acl := range []string{"system.posix_acl_default", "system.posix_acl_access"} {
-		err := f.Removexattr("", acl)
-		if err != nil && !errors.Is(err, syscall.ENODATA) && !errors.Is(err, syscall.EOPNOTSUPP) {
-			return err
-		}
-	}
-	return f.Chmod(0o700) // without a setgid bit handed down
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -46,7 +47,7 @@ func (d *driver) checkCreate(r drivers.Ref, o drivers.CreateOptions) error {
 }
 
 func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOptions) (err error) {
-	layers, err := d.open(layersDir)
+	layers, err := d.open(roots.Layers)
 	if err != nil {
 		return err
 	}
@@ -54,7 +55,7 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 	if err := d.refuseExisting(layers, r.ID); err != nil {
 		return err
 	}
-	making, err := d.open(newDir)
+	making, err := d.open(roots.New)
 	if err != nil {
 		return err
 	}
@@ -79,17 +80,17 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 
 // refuseExisting refuses an ID that is there, in whatever state.
 func (d *driver) refuseExisting(layers *sys.Fd, id drivers.ID) error {
-	there, err := exists(layers, id.String())
+	there, err := layers.Exists(id.String())
 	if err != nil {
 		return err
 	}
 	if !there {
-		deleted, err := d.open(deletedDir)
+		deleted, err := d.open(roots.Deleted)
 		if err != nil {
 			return err
 		}
 		defer deleted.Close()
-		if there, err = exists(deleted, id.String()); err != nil {
+		if there, err = deleted.Exists(id.String()); err != nil {
 			return err
 		}
 	}
@@ -252,7 +253,7 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 	if err := drivers.Step(ctx, "native: remove: renamed"); err != nil {
 		return err
 	}
-	for _, name := range []string{newDir, deletedDir, layersDir} {
+	for _, name := range []string{roots.New, roots.Deleted, roots.Layers} {
 		if err := d.empty(ctx, name, id); err != nil {
 			return err
 		}
@@ -264,16 +265,16 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 // is deleted. del/ID is there only if a removal was cut short, and then l/ID is
 // not; IDs are never used again.
 func (d *driver) discard(id drivers.ID) error {
-	layers, err := d.open(layersDir)
+	layers, err := d.open(roots.Layers)
 	if err != nil {
 		return err
 	}
 	defer layers.Close()
-	there, err := exists(layers, id.String())
+	there, err := layers.Exists(id.String())
 	if err != nil || !there {
 		return err
 	}
-	deleted, err := d.open(deletedDir)
+	deleted, err := d.open(roots.Deleted)
 	if err != nil {
 		return err
 	}

@@ -40,15 +40,14 @@ package native
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"iter"
-	"syscall"
 
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/layer"
 )
@@ -56,13 +55,10 @@ import (
 // Name is the driver's name in a registry.
 const Name = "native"
 
-// The directories of a root, see the package doc.
+// The directories of a layer, see the package doc.
 const (
-	layersDir  = "l"
-	newDir     = "new"
-	deletedDir = "del"
-	treeDir    = "fs"
-	linksDir   = "links" // in new/ID while a tree is copied
+	treeDir  = "fs"
+	linksDir = "links" // in new/ID while a tree is copied
 )
 
 // driver is one open root. Its fields are immutable.
@@ -91,7 +87,7 @@ func (d *driver) open(name string) (*sys.Fd, error) { return sys.OpenDir(d.root 
 
 // layer opens the directory of a layer and reads its marker.
 func (d *driver) layer(id drivers.ID) (*sys.Fd, state, error) {
-	all, err := d.open(layersDir)
+	all, err := d.open(roots.Layers)
 	if err != nil {
 		return nil, state{}, err
 	}
@@ -117,7 +113,7 @@ func (d *driver) check(id drivers.ID) (state, error) {
 
 // treePath is where a layer's tree is.
 func (d *driver) treePath(id drivers.ID) string {
-	return d.root + "/" + layersDir + "/" + id.String() + "/" + treeDir
+	return d.root + "/" + roots.Layers + "/" + id.String() + "/" + treeDir
 }
 
 // Usage walks the tree: a full copy holds its parents' files, too
@@ -194,48 +190,5 @@ func (d *driver) Apply(ctx context.Context, r drivers.Ref, tar io.Reader, o laye
 
 // IDs lists what stands in l, new and del.
 func (d *driver) IDs(ctx context.Context) iter.Seq2[drivers.ID, error] {
-	return func(yield func(drivers.ID, error) bool) {
-		seen := map[drivers.ID]bool{}
-		for _, name := range []string{layersDir, newDir, deletedDir} {
-			ids, err := d.idsIn(ctx, name)
-			if err != nil {
-				yield(0, fmt.Errorf("native: ids: %w", err))
-				return
-			}
-			for _, id := range ids {
-				if !seen[id] && !yield(id, nil) {
-					return
-				}
-				seen[id] = true
-			}
-		}
-	}
-}
-
-func (d *driver) idsIn(ctx context.Context, name string) ([]drivers.ID, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
-	dir, err := d.open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer dir.Close()
-	names, err := dir.ReadDir()
-	var ids []drivers.ID
-	for _, e := range names {
-		if id, ok := drivers.ParseID(e.Name); ok {
-			ids = append(ids, id)
-		}
-	}
-	return ids, err
-}
-
-// exists reports whether dir has name.
-func exists(dir *sys.Fd, name string) (bool, error) {
-	_, err := dir.Stat(name)
-	if errors.Is(err, syscall.ENOENT) {
-		return false, nil
-	}
-	return err == nil, err
+	return roots.IDs(ctx, Name, d.root)
 }

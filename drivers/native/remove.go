@@ -24,10 +24,7 @@ type remover struct {
 
 // remove deletes name in dir with all below it; nil if it is not there.
 func (r *remover) remove(dir *sys.Fd, name string, depth int) error {
-	err := dir.Unlink(name, 0)
-	if errors.Is(err, syscall.EPERM) {
-		err = retryUnprotected(dir, name, err)
-	}
+	err := dir.UnlinkProtected(name)
 	switch {
 	case err == nil, errors.Is(err, syscall.ENOENT):
 		return nil
@@ -41,7 +38,10 @@ func (r *remover) tree(dir *sys.Fd, name string, depth int) error {
 	if depth == maxOpen {
 		return r.moveUp(dir, name)
 	}
-	d, err := openForRemoval(dir, name)
+	if err := dir.AllowOwner(name); err != nil {
+		return err
+	}
+	d, err := dir.Openat(name, sys.O_RDONLY|sys.O_DIRECTORY, 0)
 	if err != nil {
 		return err
 	}
@@ -74,7 +74,7 @@ func (r *remover) content(d *sys.Fd, depth int) error {
 
 // moveUp renames a directory into the tree's top, which is read again then.
 func (r *remover) moveUp(dir *sys.Fd, name string) error {
-	if err := allow(dir, name); err != nil { // its ".." changes, so it must be writable itself
+	if err := dir.AllowOwner(name); err != nil { // its ".." changes, so it must be writable itself
 		return err
 	}
 	for {
@@ -83,32 +83,6 @@ func (r *remover) moveUp(dir *sys.Fd, name string) error {
 			return err
 		}
 	}
-}
-
-// retryUnprotected unlinks what chattr +i or +a, on it or on its directory, made
-// refused: flags that a layer does not carry do not outlive it.
-func retryUnprotected(dir *sys.Fd, name string, refused error) error {
-	if errors.Join(dir.Unprotect(""), dir.Unprotect(name)) != nil {
-		return refused
-	}
-	return dir.Unlink(name, 0)
-}
-
-// openForRemoval opens a directory whose mode may forbid that to its owner.
-func openForRemoval(dir *sys.Fd, name string) (*sys.Fd, error) {
-	if err := allow(dir, name); err != nil {
-		return nil, err
-	}
-	return dir.Openat(name, sys.O_RDONLY|sys.O_DIRECTORY, 0)
-}
-
-// allow gives the owner of a directory every right to it.
-func allow(dir *sys.Fd, name string) error {
-	st, err := dir.Stat(name)
-	if err != nil || st.Mode&0o700 == 0o700 {
-		return err
-	}
-	return dir.ChmodAt(name, 0o700)
 }
 
 func (r *remover) names(d *sys.Fd, names []sys.Dirent, depth int) error {

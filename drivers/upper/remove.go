@@ -126,10 +126,7 @@ type remover struct {
 // remove deletes name in dir, a directory after its content. A tree that is
 // deeper than maxOpen is taken apart: what is below is moved up to the top.
 func (r *remover) remove(dir *sys.Fd, name string, depth int) error {
-	err := dir.Unlink(name, 0)
-	if errors.Is(err, syscall.EPERM) {
-		err = retryUnprotected(dir, name, err)
-	}
+	err := dir.UnlinkProtected(name)
 	switch {
 	case errors.Is(err, syscall.ENOENT):
 		return nil
@@ -153,17 +150,11 @@ func (r *remover) remove(dir *sys.Fd, name string, depth int) error {
 	return err
 }
 
-// retryUnprotected unlinks what chattr +i or +a, on it or on its directory, made
-// refused: flags that a layer does not carry do not outlive it.
-func retryUnprotected(dir *sys.Fd, name string, refused error) error {
-	if errors.Join(dir.Unprotect(""), dir.Unprotect(name)) != nil {
-		return refused
-	}
-	return dir.Unlink(name, 0)
-}
-
 func (r *remover) content(dir *sys.Fd, name string, depth int) error {
-	sub, err := openForRemoval(dir, name)
+	if err := dir.AllowOwner(name); err != nil { // overlayfs makes work/work with mode 000
+		return err
+	}
+	sub, err := dir.Openat(name, sys.O_RDONLY|sys.O_DIRECTORY, 0)
 	if err != nil {
 		return err
 	}
@@ -224,20 +215,4 @@ func (r *remover) count() error {
 		return r.ctx.Err()
 	}
 	return r.step()
-}
-
-// openForRemoval opens a directory whose mode may forbid that to its owner:
-// overlayfs makes work/work with mode 000.
-func openForRemoval(dir *sys.Fd, name string) (*sys.Fd, error) {
-	const flags = sys.O_RDONLY | sys.O_DIRECTORY
-	s, err := dir.Stat(name)
-	if err != nil {
-		return nil, err
-	}
-	if s.IsDir() && s.Mode&0o700 != 0o700 {
-		if err := dir.ChmodAt(name, 0o700); err != nil {
-			return nil, err
-		}
-	}
-	return dir.Openat(name, flags, 0)
 }

@@ -41,24 +41,25 @@ var level = map[string]int{
 	"devmapper/metadata":      1,
 	"devmapper/ext4":          1,
 	"drivers":                 3,
-	"drivers/drivertest":      4,
-	"drivers/native":          4,
-	"drivers/upper":           4,
-	"overlay":                 5, // above drivers/upper, which it has in common with other union drivers
-	"btrfs":                   4,
-	"devmapper":               4,
+	"drivers/roots":           4,
+	"drivers/drivertest":      5,
+	"drivers/native":          5,
+	"drivers/upper":           5,
+	"overlay":                 6, // above drivers/upper, which it has in common with other union drivers
+	"btrfs":                   5,
+	"devmapper":               5,
 	"btrfs/ioctl":             2,
 	"btrfs/send":              1,
-	"fuse":                    5, // the driver; it starts the server as a program, and imports neither server nor union
-	"fuse/union":              4,
-	"fuse/uniontest":          4,
-	"fuse/server":             5,
-	"snapshot":                5,
-	"image":                   6,
-	"internal/testimage":      6,
-	".":                       7,
-	"cmd/layerctl":            9,
-	"cmd/fuse-layerfs":        9,
+	"fuse":                    6, // the driver; it starts the server as a program, and imports neither server nor union
+	"fuse/union":              5,
+	"fuse/uniontest":          5,
+	"fuse/server":             6,
+	"snapshot":                6,
+	"image":                   7,
+	"internal/testimage":      7,
+	".":                       8,
+	"cmd/layerctl":            10,
+	"cmd/fuse-layerfs":        10,
 }
 
 // below lists the arrows within one level, each with its reason.

@@ -1,6 +1,7 @@
 package sys
 
 import (
+	"errors"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -185,4 +186,24 @@ func (f *Fd) Unprotect(name string) error {
 		err = SetFlagsBare(at.n, flags&^(FS_IMMUTABLE_FL|FS_APPEND_FL))
 	}
 	return at.err("ioctl FS_IOC_SETFLAGS", "", err)
+}
+
+// UnlinkProtected is Unlink of a file, of what chattr +i or +a, on it or on f, makes
+// refused, too: for trees that are removed whole.
+func (f *Fd) UnlinkProtected(name string) error {
+	err := f.Unlink(name, 0)
+	if !errors.Is(err, unix.EPERM) || errors.Join(f.Unprotect(""), f.Unprotect(name)) != nil {
+		return err
+	}
+	return f.Unlink(name, 0)
+}
+
+// AllowOwner gives the owner of a directory every right to it. It does nothing to
+// anything else.
+func (f *Fd) AllowOwner(name string) error {
+	s, err := f.Stat(name)
+	if err != nil || !s.IsDir() || s.Mode&0o700 == 0o700 {
+		return err
+	}
+	return f.ChmodAt(name, 0o700)
 }

@@ -1,6 +1,10 @@
 package sys
 
-import "golang.org/x/sys/unix"
+import (
+	"errors"
+
+	"golang.org/x/sys/unix"
+)
 
 // Stat is what statx(2) says of a file.
 type Stat struct {
@@ -110,4 +114,13 @@ func (s *Stat) set(x *unix.Statx_t) {
 		Ctime: Time{x.Ctime.Sec, x.Ctime.Nsec}, Btime: Time{x.Btime.Sec, x.Btime.Nsec},
 		MountID: x.Mnt_id, Attributes: x.Attributes, Blksize: x.Blksize,
 	}
+}
+
+// Exists reports whether f has name.
+func (f *Fd) Exists(name string) (bool, error) {
+	_, err := f.Stat(name)
+	if errors.Is(err, unix.ENOENT) {
+		return false, nil
+	}
+	return err == nil, err
 }
