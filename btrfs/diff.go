@@ -76,7 +76,7 @@ func (d *driver) candidates(ctx context.Context, from, to drivers.Ref, a, b *sys
 	c, err := touched(ctx, a, b)
 	switch {
 	case err == nil:
-		return c.names, nil
+		return c.Names, nil
 	case cannotSend(err):
 		return nil, nil
 	}

@@ -12,15 +12,16 @@ import (
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/btrfs/send"
 	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/layer"
 )
 
 // touched finds out where two read-only subvolumes may differ.
-func touched(ctx context.Context, from, to *sys.Fd) (*candidates, error) {
+func touched(ctx context.Context, from, to *sys.Fd) (*layer.Candidates, error) {
 	t := newNamespace()
 	if err := eachCommand(ctx, from, to, t.do); err != nil {
 		return nil, err
 	}
-	c := &candidates{below: map[string]map[string]bool{}, whole: map[string]bool{}}
+	c := layer.NewCandidates()
 	t.collect(c)
 	g := groups{from: from, to: to, c: c, seen: map[uint64]bool{}}
 	for _, p := range t.touched {
@@ -114,7 +115,7 @@ func (n *node) kid(name string) *node {
 	}
 	k := &node{}
 	if n.origin != "" && !n.left[name] {
-		k.origin = join(n.origin, name)
+		k.origin = path.Join(n.origin, name)
 	}
 	n.attach(name, k)
 	return k
@@ -164,7 +165,7 @@ func (t *namespace) replaced(dir *node, name string) {
 		dir.left = map[string]bool{}
 	}
 	dir.left[name] = true
-	t.gone[join(dir.origin, name)] = true
+	t.gone[path.Join(dir.origin, name)] = true
 }
 
 func (t *namespace) enter(p string, n *node) {
@@ -224,16 +225,17 @@ func (t *namespace) path(n *node) (string, bool) {
 // collect says where the two trees may differ: at every name that is gone from
 // where the first tree has it, and at every name that a command named. What came
 // from elsewhere differs whole.
-func (t *namespace) collect(c *candidates) {
+func (t *namespace) collect(c *layer.Candidates) {
 	for p := range t.gone {
-		c.add(p)
+		c.Add(p)
 	}
 	for _, n := range t.nodes {
 		p, there := t.path(n)
 		if there {
-			c.add(p)
-			if p != n.origin {
-				c.whole[p] = true
+			if p == n.origin {
+				c.Add(p)
+			} else {
+				c.AddWhole(p)
 			}
 		} else {
 			p = ""
@@ -242,50 +244,11 @@ func (t *namespace) collect(c *candidates) {
 	}
 }
 
-// candidates are the names that layer.DiffTrees compares.
-type candidates struct {
-	below map[string]map[string]bool // directory -> names
-	whole map[string]bool            // directories of which everything may differ
-}
-
-// add takes a path, and the directories on the way to it.
-func (c *candidates) add(p string) {
-	for p != "." {
-		dir, name := path.Dir(p), path.Base(p)
-		if c.below[dir][name] {
-			return
-		}
-		if c.below[dir] == nil {
-			c.below[dir] = map[string]bool{}
-		}
-		c.below[dir][name] = true
-		p = dir
-	}
-}
-
-// names is layer.DiffOptions.Candidates.
-func (c *candidates) names(dir string) (names []string, all bool, err error) {
-	if c.whole[dir] {
-		return nil, true, nil
-	}
-	for n := range c.below[dir] {
-		names = append(names, n)
-	}
-	return names, false, nil
-}
-
-func join(dir, name string) string {
-	if dir == "." {
-		return name
-	}
-	return dir + "/" + name
-}
-
 // groups adds the other names of files of several names: SEND names a file that
 // changed by one of them.
 type groups struct {
 	from, to *sys.Fd
-	c        *candidates
+	c        *layer.Candidates
 	seen     map[uint64]bool // inode numbers; those of one file are the same in both trees
 }
 
@@ -350,7 +313,7 @@ func (g *groups) names(tree *sys.Fd, ino uint64) error {
 			if err != nil {
 				return err
 			}
-			g.c.add(path.Join(dir, n.Name))
+			g.c.Add(path.Join(dir, n.Name))
 		}
 	}
 	return nil

@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/devmapper/ext4"
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/roots"
@@ -110,11 +111,11 @@ func (d *driver) flushOwn(v thin.Volume, volatile bool) (dirty bool, err error) 
 		return false, err
 	}
 	defer f.Close()
-	s, err := readExt4(f)
+	s, err := ext4.Identify(f)
 	if err == nil && !volatile {
 		err = f.Sync()
 	}
-	return s.dirty, err
+	return s.Dirty, err
 }
 
 // replayJournal has the kernel do it.

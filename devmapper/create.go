@@ -45,8 +45,8 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 		made = true
 		return d.snapshot(ctx, c, r.ID, l, origin)
 	})
-	if err == nil && len(r.Parents) == 0 && o.RootOwner != nil && *o.RootOwner != (drivers.Owner{}) {
-		err = d.setRootOwner(ctx, l, *o.RootOwner)
+	if owner, ok := rootOwner(r, o); ok && err == nil {
+		err = d.setRootOwner(ctx, l, owner)
 	}
 	if err == nil {
 		err = drivers.Step(ctx, "devmapper: create: transaction set")
@@ -75,9 +75,9 @@ func (d *driver) planCreate(r drivers.Ref, o drivers.CreateOptions) (*record, ui
 	if !o.IDMap.IsZero() {
 		l.IDMap = &o.IDMap
 	}
-	owner := len(r.Parents) == 0 && o.RootOwner != nil && *o.RootOwner != (drivers.Owner{})
 	if o.ReadOnly {
-		l.Kind, l.Shared = view, !owner
+		_, own := rootOwner(r, o)
+		l.Kind, l.Shared = view, !own
 	}
 	if len(r.Parents) == 0 {
 		return l, d.template.Thin, nil
@@ -88,6 +88,15 @@ func (d *driver) planCreate(r drivers.Ref, o drivers.CreateOptions) (*record, ui
 	}
 	l.Sectors = p.Sectors
 	return l, p.Thin, nil
+}
+
+// rootOwner is the owner that an empty layer's root is to have; false if it is that of
+// the template's root.
+func rootOwner(r drivers.Ref, o drivers.CreateOptions) (drivers.Owner, bool) {
+	if len(r.Parents) > 0 || o.RootOwner == nil {
+		return drivers.Owner{}, false
+	}
+	return *o.RootOwner, *o.RootOwner != drivers.Owner{}
 }
 
 // parent is the record of the nearest parent.

@@ -60,7 +60,7 @@ func (d *driver) diff(ctx context.Context, from, to drivers.Ref, yield func(laye
 
 // candidates are the paths that the blocks lead to in which two private devices
 // differ, which are mounted: no journal is left to be replayed.
-func (d *driver) candidates(ctx context.Context, from, to thin.Volume) (*ext4.Candidates, error) {
+func (d *driver) candidates(ctx context.Context, from, to thin.Volume) (*layer.Candidates, error) {
 	ranges, err := d.delta(ctx, from.ID, to.ID)
 	if err != nil {
 		return nil, err
@@ -79,17 +79,8 @@ func (d *driver) candidates(ctx context.Context, from, to thin.Volume) (*ext4.Ca
 
 // delta lists where the mappings of two thin devices differ.
 func (d *driver) delta(ctx context.Context, from, to uint32) (ranges []ext4.Range, err error) {
-	s, err := d.pool.Snapshot(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer func() {
-		if releaseErr := s.Release(); err == nil {
-			err = releaseErr
-		}
-	}()
 	block := d.pool.BlockBytes()
-	err = withMetadata(s, func(m *metadata.Pool) error {
+	err = d.withMetadata(ctx, func(m *metadata.Pool) error {
 		for r, err := range m.Delta(metadata.ID(from), metadata.ID(to)) {
 			if err != nil {
 				return err

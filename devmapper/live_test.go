@@ -136,10 +136,7 @@ func (b *bench) remove(ids ...drivers.ID) {
 // thins lists the pool's thin devices.
 func (b *bench) thins() (ids []uint32) {
 	b.Helper()
-	s, err := b.pool.Snapshot(context.Background())
-	b.check(err)
-	defer s.Release()
-	b.check(withMetadata(s, func(m *metadata.Pool) error {
+	b.check(b.withMetadata(context.Background(), func(m *metadata.Pool) error {
 		for dev, err := range m.Devices() {
 			if err != nil {
 				return err

@@ -11,6 +11,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/devmapper/ext4"
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -169,11 +170,11 @@ func (t *template) flush(v thin.Volume) (string, error) {
 		return "", err
 	}
 	defer f.Close()
-	s, err := readExt4(f)
+	s, err := ext4.Identify(f)
 	if err == nil {
 		err = f.Sync()
 	}
-	return s.uuid, err
+	return s.UUID, err
 }
 
 // mount is pure: the plan of a mount of a device.

@@ -6,7 +6,6 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/devmapper/metadata"
-	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
 )
 
@@ -68,24 +67,25 @@ func (d *driver) exclusive(ctx context.Context, id, below metadata.ID) (blocks u
 			return blocks, nil
 		}
 	}
-	s, err := d.pool.Snapshot(ctx)
-	if err != nil {
-		return 0, err
-	}
-	defer func() {
-		if releaseErr := s.Release(); err == nil {
-			err = releaseErr
-		}
-	}()
-	err = withMetadata(s, func(m *metadata.Pool) error {
+	err = d.withMetadata(ctx, func(m *metadata.Pool) (err error) {
 		blocks, err = m.Exclusive(id, below)
 		return err
 	})
 	return blocks, err
 }
 
-// withMetadata calls f with what a metadata snapshot holds.
-func withMetadata(s *thin.Snapshot, f func(m *metadata.Pool) error) error {
+// withMetadata calls f with the pool's metadata, under a metadata snapshot. A pool has
+// one at a time, so f is short.
+func (d *driver) withMetadata(ctx context.Context, f func(m *metadata.Pool) error) (err error) {
+	s, err := d.pool.Snapshot(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if releaseErr := s.Release(); err == nil {
+			err = releaseErr
+		}
+	}()
 	file, err := metadata.OpenFile(s.Path)
 	if err != nil {
 		return err

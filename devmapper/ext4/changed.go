@@ -6,9 +6,12 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"path"
 	"slices"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/layer"
 )
 
 // ErrCannotTell says that the answer has to come from a walk of both trees. The
@@ -22,8 +25,8 @@ type Range struct{ Offset, Length int64 }
 // ranges of bytes outside of which the devices are the same. See the package comment for
 // what it relies on. An error that wraps ErrCannotTell asks for the exact walk; others are
 // those of ctx and of the readers.
-func Changed(ctx context.Context, from, to io.ReaderAt, ranges []Range) (*Candidates, error) {
-	c := &comparison{ctx: ctx, inodes: map[uint32]*pair{}, paths: newCandidates(), dirs: map[uint32]map[uint32]string{}, known: map[uint32]string{rootInode: "."}, read: map[uint32]bool{}}
+func Changed(ctx context.Context, from, to io.ReaderAt, ranges []Range) (*layer.Candidates, error) {
+	c := &comparison{ctx: ctx, inodes: map[uint32]*pair{}, paths: layer.NewCandidates(), dirs: map[uint32]map[uint32]string{}, known: map[uint32]string{rootInode: "."}, read: map[uint32]bool{}}
 	var err error
 	if c.from, err = open(from, "the first file system"); err != nil {
 		return nil, err
@@ -52,7 +55,7 @@ type comparison struct {
 	changed  spans // blocks that may differ
 	fixed    spans
 	inodes   map[uint32]*pair // whose records differ
-	paths    *Candidates
+	paths    *layer.Candidates
 	sought   map[uint32]*sought           // files whose names are to be found
 	dirs     map[uint32]map[uint32]string // directory -> inode of a directory in it -> name
 	known    map[uint32]string            // paths of directories
@@ -343,14 +346,15 @@ func (c *comparison) hidden(ino uint32) bool {
 }
 
 func (c *comparison) directory(ino uint32, p *pair) error {
-	path, err := c.path(ino)
+	dir, err := c.path(ino)
 	if err != nil {
 		return err
 	}
-	c.paths.add(path, !p.from.isDir())
 	if !p.from.isDir() {
+		c.paths.AddWhole(dir)
 		return nil
 	}
+	c.paths.Add(dir)
 	from, to, err := c.changedEntries(p)
 	if err != nil {
 		return err
@@ -358,12 +362,12 @@ func (c *comparison) directory(ino uint32, p *pair) error {
 	for name, i := range to {
 		c.found(ino, name, i)
 		if from[name] != i {
-			c.paths.add(join(path, name), true)
+			c.paths.AddWhole(path.Join(dir, name))
 		}
 	}
 	for name := range from {
 		if to[name] == 0 {
-			c.paths.add(join(path, name), true)
+			c.paths.AddWhole(path.Join(dir, name))
 		}
 	}
 	return nil

@@ -38,7 +38,7 @@ func diffOf(ctx context.Context, changes iter.Seq2[layer.Change, error]) (string
 }
 
 // compare holds the diff of the candidates against that of the whole trees.
-func compare(t *testing.T, what string, a, b disk, ranges []Range) *Candidates {
+func compare(t *testing.T, what string, a, b disk, ranges []Range) *layer.Candidates {
 	t.Helper()
 	c, err := changed(a, b, ranges)
 	if err != nil {
@@ -57,7 +57,7 @@ func compare(t *testing.T, what string, a, b disk, ranges []Range) *Candidates {
 		t.Fatalf("%s: candidates: %v", what, err)
 	}
 	if got != want {
-		t.Fatalf("%s: the walk says\n%s\nand the candidates\n%s\nwhich are\n%v\n%v", what, want, got, c.below, c.whole)
+		t.Fatalf("%s: the walk says\n%s\nand the candidates\n%s\nwhich are\n%v", what, want, got, c)
 	}
 	return c
 }
@@ -178,11 +178,11 @@ func TestTheCandidatesAreFew(t *testing.T) {
 	})
 	c := compare(t, "ten changes", a, b, differences(a, b, 64<<10))
 	if c.Len() > 50 {
-		t.Errorf("%d candidates: %v", c.Len(), c.below)
+		t.Errorf("%d candidates: %v", c.Len(), c)
 	}
 	same := compare(t, "no change", a, a, []Range{{0, 128 << 20}})
 	if same.Len() != 0 {
-		t.Errorf("candidates for equal disks: %v", same.below)
+		t.Errorf("candidates for equal disks: %v", same)
 	}
 }
 
@@ -280,7 +280,7 @@ func TestLargeDirectories(t *testing.T) {
 	b.fsck()
 	c := compare(t, "large", a, b, differences(a, b, 4096))
 	if c.Len() > 8 {
-		t.Errorf("%d candidates: %v", c.Len(), c.below)
+		t.Errorf("%d candidates: %v", c.Len(), c)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
+	"github.com/layerctl/layerctl/layer"
 )
 
 // disk is a file with an ext4 on it, which is not mounted.
@@ -149,7 +150,7 @@ func differences(a, b disk, block int) []Range {
 }
 
 // changed asks for the candidates of two disks.
-func changed(a, b disk, ranges []Range) (*Candidates, error) {
+func changed(a, b disk, ranges []Range) (*layer.Candidates, error) {
 	a.Helper()
 	f, err := os.Open(a.name)
 	a.check(err)

@@ -41,16 +41,6 @@ func unmounted(t testing.TB, features string) (a, b []byte) {
 	return a, b
 }
 
-func names(c *Candidates) string {
-	var all []string
-	for dir, names := range c.below {
-		for n := range names {
-			all = append(all, join(dir, n))
-		}
-	}
-	return fmt.Sprint(all)
-}
-
 func TestWithoutAMount(t *testing.T) {
 	for _, features := range []string{"metadata_csum", "^metadata_csum"} {
 		a, b := unmounted(t, features)
@@ -58,7 +48,7 @@ func TestWithoutAMount(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got := names(c)
+		got := c.String()
 		for _, want := range []string{"d0/file4", "d2/new", "d3/file3", "written", "d2/linked", "d1/file5"} {
 			if !strings.Contains(got, want) {
 				t.Errorf("%s: %s is not among %s", features, want, got)

@@ -2,6 +2,7 @@ package ext4
 
 import (
 	"maps"
+	"path"
 	"slices"
 )
 
@@ -118,11 +119,11 @@ func (c *comparison) addNames() error {
 			return c.to.cannot("inode %d has %d names more than were found", ino, s.left)
 		}
 		for l := range s.names {
-			path, err := c.path(l.dir)
+			dir, err := c.path(l.dir)
 			if err != nil {
 				return err
 			}
-			c.paths.add(join(path, l.name), false)
+			c.paths.Add(path.Join(dir, l.name))
 		}
 	}
 	return nil
@@ -180,7 +181,7 @@ func (c *comparison) path(ino uint32) (string, error) {
 	for at := ino; ; {
 		if p, ok := c.known[at]; ok {
 			for i := len(below) - 1; i >= 0; i-- {
-				p = join(p, below[i].name)
+				p = path.Join(p, below[i].name)
 				c.known[below[i].dir] = p
 			}
 			return p, nil

@@ -37,6 +37,10 @@ const (
 	maxGroups           = 1 << 22
 	superOffset         = 1024
 	superSize           = 1024
+	superMagic          = 0xEF53
+	superMagicAt        = 0x38
+	superIncompatAt     = 0x60
+	superUUIDAt         = 0x68
 	smallestInodeRecord = 128
 )
 
@@ -130,18 +134,18 @@ func (v *volume) cannot(format string, args ...any) error {
 }
 
 func (v *volume) super(b []byte) error {
-	if m := le.Uint16(b[0x38:]); m != 0xEF53 {
+	if m := le.Uint16(b[superMagicAt:]); m != superMagic {
 		return v.cannot("no ext4: magic number %#x", m)
 	}
 	if le.Uint32(b[0x4C:]) == 0 {
 		return v.cannot("revision 0")
 	}
 	g := &v.geometry
-	g.compat, g.incompat, g.ro = le.Uint32(b[0x5C:]), le.Uint32(b[0x60:]), le.Uint32(b[0x64:])
+	g.compat, g.incompat, g.ro = le.Uint32(b[0x5C:]), le.Uint32(b[superIncompatAt:]), le.Uint32(b[0x64:])
 	if err := v.understood(le.Uint16(b[0x3A:])); err != nil {
 		return err
 	}
-	copy(g.uuid[:], b[0x68:])
+	copy(g.uuid[:], b[superUUIDAt:])
 	g.blocks, g.firstData = uint64(le.Uint32(b[0x4:])), uint64(le.Uint32(b[0x14:]))
 	g.descSize = 32
 	if g.incompat&incompat64bit != 0 {

@@ -39,7 +39,7 @@ var level = map[string]int{
 	"devmapper/dm":            1,
 	"devmapper/thin":          2,
 	"devmapper/metadata":      1,
-	"devmapper/ext4":          1,
+	"devmapper/ext4":          3,
 	"drivers":                 3,
 	"drivers/roots":           4,
 	"drivers/drivertest":      5,
