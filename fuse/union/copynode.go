@@ -173,9 +173,7 @@ func (fs *FS) copySource(n *Node) (src copySource, done func(), err error) {
 			sys.CloseBare(src.data)
 		}
 	}
-	if err = sys.StatBare(src.fd, "", &src.stat); err == nil {
-		err = fs.shownBy(n, &p).show(src.fd, "", &src.stat)
-	}
+	err = fs.shownBy(n, &p).stat(src.fd, "", &src.stat)
 	if err == nil && src.stat.Type() != n.typ {
 		err = syscall.ESTALE
 	}

@@ -328,24 +328,15 @@ func (u *upper) copyXattr(from, dir int, name, attr string) error {
 	return err
 }
 
-// Inode flags, FS_*_FL of linux/fs.h: those that are copied, and those that an
-// upper cannot have, because nothing could be renamed or marked any more.
-const (
-	flagSync      = 0x8
-	flagImmutable = 0x10
-	flagAppend    = 0x20
-	flagNoatime   = 0x80
-)
-
 // copyFlags copies inode flags: sync and noatime themselves, immutable and append
-// as xattr protattr.
+// as xattr protattr: an upper that had these could be neither renamed nor marked.
 func (u *upper) copyFlags(from int, st *sys.Stat, at spot) error {
 	flags := inodeFlags(from, st)
 	var prot []byte
-	if flags&flagAppend != 0 {
+	if flags&sys.FS_APPEND_FL != 0 {
 		prot = append(prot, 'a')
 	}
-	if flags&flagImmutable != 0 {
+	if flags&sys.FS_IMMUTABLE_FL != 0 {
 		prot = append(prot, 'i')
 	}
 	if len(prot) > 0 && u.can.xattrs {
@@ -353,7 +344,7 @@ func (u *upper) copyFlags(from int, st *sys.Stat, at spot) error {
 			return fmt.Errorf("%s: %w", u.xattrs.protattr, err)
 		}
 	}
-	copied := flags & (flagSync | flagNoatime)
+	copied := flags & (sys.FS_SYNC_FL | sys.FS_NOATIME_FL)
 	if copied == 0 {
 		return nil
 	}

@@ -136,15 +136,11 @@ func (fs *FS) mayMake(dir *Node, name string) error {
 // made gives the Entry of what was just made at name below up.
 func (fs *FS) made(dir *Node, up int, name string, fd int) (Entry, int, error) {
 	f := found{upper: true}
-	var err error
 	at := spot{up, name}
 	if fd >= 0 {
 		at = spot{fd, ""}
 	}
-	if err = sys.StatBare(at.dir, at.name, &f.st); err == nil {
-		err = fs.layers[0].show(at.dir, at.name, &f.st)
-	}
-	if err != nil {
+	if err := fs.layers[0].stat(at.dir, at.name, &f.st); err != nil {
 		if fd >= 0 {
 			sys.CloseBare(fd)
 		}
@@ -352,11 +348,7 @@ func (m *maker) inWorkStored(work int, temp string) error {
 // ownStored gives an object its owner and mode there; a setgid parent its group.
 func (m *maker) ownStored(dir int, name string) error {
 	var parent sys.Stat
-	err := sys.StatBare(m.up, "", &parent)
-	if err == nil {
-		err = m.fs.layers[0].show(m.up, "", &parent)
-	}
-	if err != nil {
+	if err := m.fs.layers[0].stat(m.up, "", &parent); err != nil {
 		return err
 	}
 	st := sys.Stat{UID: m.c.UID, GID: m.c.GID, Mode: m.o.mode&sys.S_IFMT | m.mode()}

@@ -159,10 +159,7 @@ func (f *File) stat(st *sys.Stat) error {
 	if !o.upper {
 		return f.fs.stat(f.node, st)
 	}
-	if err := sys.StatBare(o.fd, "", st); err != nil {
-		return err
-	}
-	return f.fs.layers[0].show(o.fd, "", st)
+	return f.fs.layers[0].stat(o.fd, "", st)
 }
 
 // Fd returns a descriptor of the file and whether its data are the upper's: one

@@ -10,7 +10,7 @@ import (
 // since they would keep it from renaming or removing the upper file. That the
 // caller may change them, the kernel has checked.
 const (
-	guardFlags     = flagImmutable | flagAppend
+	guardFlags     = sys.FS_IMMUTABLE_FL | sys.FS_APPEND_FL
 	xflagImmutable = 0x08 // FS_XFLAG_IMMUTABLE
 	xflagAppend    = 0x10 // FS_XFLAG_APPEND
 	guardXflags    = xflagImmutable | xflagAppend
@@ -28,10 +28,10 @@ func (fs *FS) FileFlags(n *Node) (flags uint32, err error) {
 	}
 	guards, err := fs.guarded(n)
 	if guards&isImmutable != 0 {
-		flags |= flagImmutable
+		flags |= sys.FS_IMMUTABLE_FL
 	}
 	if guards&isAppend != 0 {
-		flags |= flagAppend
+		flags |= sys.FS_APPEND_FL
 	}
 	return flags, err
 }
@@ -39,7 +39,7 @@ func (fs *FS) FileFlags(n *Node) (flags uint32, err error) {
 // SetFileFlags sets the inode flags, copying the node up.
 func (fs *FS) SetFileFlags(c Caller, n *Node, flags uint32) error {
 	return fs.changeReal(c, n, func(fd int) error {
-		if err := fs.setGuards(n, flags&flagAppend != 0, flags&flagImmutable != 0); err != nil {
+		if err := fs.setGuards(n, flags&sys.FS_APPEND_FL != 0, flags&sys.FS_IMMUTABLE_FL != 0); err != nil {
 			return err
 		}
 		return sys.SetFlagsBare(fd, flags&^guardFlags)

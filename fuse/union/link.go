@@ -143,10 +143,7 @@ func (m *maker) makeTmp() error {
 // tmpEntry makes the node of a file without a name.
 func (fs *FS) tmpEntry(dir *Node, fd int) (Entry, error) {
 	f := found{upper: true}
-	if err := sys.StatBare(fd, "", &f.st); err != nil {
-		return Entry{}, err
-	}
-	if err := fs.layers[0].show(fd, "", &f.st); err != nil {
+	if err := fs.layers[0].stat(fd, "", &f.st); err != nil {
 		return Entry{}, err
 	}
 	own, err := sys.DupBare(fd)

@@ -202,9 +202,7 @@ func (fs *FS) stat(n *Node, st *sys.Stat) error {
 			if n.isDir() {
 				p.name = "" // asks for no search permission
 			}
-			if err = sys.StatBare(p.fd, p.name, st); err == nil {
-				err = fs.shownBy(n, &p).show(p.fd, p.name, st)
-			}
+			err = fs.shownBy(n, &p).stat(p.fd, p.name, st)
 			fs.leave(&p)
 			if err == nil && st.Ino == p.ino {
 				return nil

@@ -36,9 +36,12 @@ func refuseStored(c *Config) error {
 	if c.Permissions == PermissionsInode {
 		return nil
 	}
-	for what, is := range map[string]bool{"index=on": c.Index, "nfs_export=on": c.NFSExport, "metacopy=on": c.Metacopy} {
-		if is {
-			return fmt.Errorf("xattr_permissions=%d with %s: %w", c.Permissions, what, syscall.EOPNOTSUPP)
+	for _, o := range []struct {
+		what string
+		on   bool
+	}{{"index=on", c.Index}, {"nfs_export=on", c.NFSExport}, {"metacopy=on", c.Metacopy}} {
+		if o.on {
+			return fmt.Errorf("xattr_permissions=%d with %s: %w", c.Permissions, o.what, syscall.EOPNOTSUPP)
 		}
 	}
 	return nil
@@ -85,6 +88,14 @@ func (fs *FS) findStored() error {
 }
 
 const storedMax = 128
+
+// stat describes name below dir, which is in the layer, as the layer shows it.
+func (l *layer) stat(dir int, name string, st *sys.Stat) error {
+	if err := sys.StatBare(dir, name, st); err != nil {
+		return err
+	}
+	return l.show(dir, name, st)
+}
 
 // show puts what the xattr of name below dir says into st, which is of that file.
 func (l *layer) show(dir int, name string, st *sys.Stat) error {
@@ -210,10 +221,7 @@ func (fs *FS) setStored(p *place, s *SetAttr) error {
 		return nil
 	}
 	var st sys.Stat
-	if err := sys.StatBare(p.fd, p.name, &st); err != nil {
-		return err
-	}
-	if err := fs.layers[0].show(p.fd, p.name, &st); err != nil {
+	if err := fs.layers[0].stat(p.fd, p.name, &st); err != nil {
 		return err
 	}
 	if s.Valid&SetUID != 0 {

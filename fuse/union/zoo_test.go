@@ -124,9 +124,9 @@ func zooXattrs(t testing.TB, d int, kind string) {
 
 func zooFlags(t testing.TB, d int, kind string) {
 	t.Helper()
-	for name, flags := range map[string]uint32{"flagged": flagNoatime | flagSync, "append": flagAppend} {
+	for name, flags := range map[string]uint32{"flagged": sys.FS_NOATIME_FL | sys.FS_SYNC_FL, "append": sys.FS_APPEND_FL} {
 		if kind == "tmpfs" {
-			flags &^= flagSync
+			flags &^= sys.FS_SYNC_FL
 		}
 		n, err := sys.OpenBare(d, name, sys.O_RDONLY, 0)
 		must(t, err)
@@ -214,7 +214,7 @@ func content(t testing.TB, f *sys.Fd) string {
 	if err != nil {
 		flags = 0
 	}
-	s := fmt.Sprintf(" flags %x bytes %x holes", flags&(flagSync|flagNoatime|flagAppend|flagImmutable), h.Sum(nil))
+	s := fmt.Sprintf(" flags %x bytes %x holes", flags&(sys.FS_SYNC_FL|sys.FS_NOATIME_FL|sys.FS_APPEND_FL|sys.FS_IMMUTABLE_FL), h.Sum(nil))
 	for off := int64(0); ; {
 		data, err := sys.SeekBare(n, off, 3)
 		if err != nil {

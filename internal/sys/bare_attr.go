@@ -73,10 +73,12 @@ func UtimesBare(dir int, name string, atime, mtime Time) error {
 	return bare(e)
 }
 
-// Inode flags, of linux/fs.h: files that chattr +i and +a protect.
+// Inode flags, of linux/fs.h, of FlagsBare and SetFlagsBare: chattr +S, +i, +a, +A.
 const (
+	FS_SYNC_FL      = 0x8
 	FS_IMMUTABLE_FL = 0x10
 	FS_APPEND_FL    = 0x20
+	FS_NOATIME_FL   = 0x80
 )
 
 // FlagsBare reads the inode flags FS_*_FL of n (FS_IOC_GETFLAGS), which must not be

@@ -85,8 +85,6 @@ func TestBareNamesAndStat(t *testing.T) {
 	}
 }
 
-// TestBareOnPathDescriptors: what takes "" works on O_PATH descriptors of every
-// type, symlinks too.
 // One call sees below a directory, and never through a symlink.
 func TestBareExistsBelow(t *testing.T) {
 	path, _, dir := bareDir(t, "tmpfs")
@@ -110,6 +108,8 @@ func TestBareExistsBelow(t *testing.T) {
 	}
 }
 
+// TestBareOnPathDescriptors: what takes "" works on O_PATH descriptors of every
+// type, symlinks too.
 func TestBareOnPathDescriptors(t *testing.T) {
 	_, _, dir := bareDir(t, "tmpfs")
 	d := dir.Int()
