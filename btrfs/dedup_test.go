@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/drivertest"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/layer"
 )
@@ -47,9 +48,9 @@ func dedupLayers(h *history) (refs []drivers.Ref, tars [][]byte) {
 
 func (h *history) tar(r drivers.Ref) []byte {
 	h.Helper()
-	b, _, err := tarOf(h.ctx, layer.DiffTrees(h.ctx, "", h.d.treePath(r.ID, committed), layer.DiffOptions{}))
+	c, err := drivertest.Collect(h.ctx, layer.DiffTrees(h.ctx, "", h.d.treePath(r.ID, committed), layer.DiffOptions{}))
 	h.must(err)
-	return b
+	return c.Tar
 }
 
 func TestDedup(t *testing.T) {

@@ -1,16 +1,12 @@
 package btrfs
 
 import (
-	"bytes"
 	"context"
-	"fmt"
-	"iter"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"testing"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/drivertest"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/internal/treegen"
 	"github.com/layerctl/layerctl/layer"
@@ -18,35 +14,19 @@ import (
 
 // histories is how many random histories a run compares: a few dozen, or
 // LAYERCTL_HISTORIES.
-func histories(t *testing.T) int {
-	t.Helper()
-	s := os.Getenv("LAYERCTL_HISTORIES")
-	if s == "" && testing.Short() {
-		return 12
+func histories(t *testing.T) uint64 {
+	if testing.Short() {
+		return testenv.Number(t, "LAYERCTL_HISTORIES", 12)
 	}
-	if s == "" {
-		return 48
-	}
-	n, err := strconv.Atoi(s)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
+	return testenv.Number(t, "LAYERCTL_HISTORIES", 48)
 }
 
 // TestDiffEqualsTheWalkOverRandomHistories: between any two of several layers
 // that random operations made, the changeset found by SEND is, as a tar, the one
 // of the exact walk over both trees. LAYERCTL_SEED gives the first seed.
 func TestDiffEqualsTheWalkOverRandomHistories(t *testing.T) {
-	first := rand.Uint64() >> 1
-	if s := os.Getenv("LAYERCTL_SEED"); s != "" {
-		var err error
-		if first, err = strconv.ParseUint(s, 10, 64); err != nil {
-			t.Fatal(err)
-		}
-	}
-	n := histories(t)
-	each := (n + 2) / 3
+	first := testenv.Number(t, "LAYERCTL_SEED", rand.Uint64()>>1)
+	each := (histories(t) + 2) / 3
 	for i, o := range []struct {
 		name string
 		opts []testenv.Option
@@ -60,7 +40,7 @@ func TestDiffEqualsTheWalkOverRandomHistories(t *testing.T) {
 			dir := testenv.FS(t, "btrfs", append(o.opts, testenv.Size(512<<20))...)
 			h := newHistory(t, dir+"/r")
 			for j := range each {
-				h.run(first + uint64(i*each+j))
+				h.run(first + uint64(i)*each + j)
 			}
 			h.done()
 		})
@@ -93,26 +73,17 @@ func (h *history) must(err error) {
 	}
 }
 
-// run makes a base, a child, two grandchildren of which one stays active, and
-// a layer beside the child, and compares pairs of them.
+// run compares the layers of one random history.
 func (h *history) run(seed uint64) {
 	h.Helper()
-	rnd := rand.New(rand.NewPCG(seed, 4))
-	g := treegen.New(rnd, treegen.Config{Root: true, Sockets: true})
-	base := h.layer(drivers.Ref{}, g.Ops(10+rnd.IntN(60)), true)
-	child := h.layer(base, g.Ops(1+rnd.IntN(40)), true)
-	grand := h.layer(child, g.Ops(rnd.IntN(40)), true)
-	active := h.layer(child, g.Ops(1+rnd.IntN(20)), false)
-	beside := h.layer(base, g.Ops(1+rnd.IntN(30)), true)
-	for _, p := range [][2]drivers.Ref{{base, child}, {child, base}, {child, grand}, {base, grand}, {grand, base}, {child, active}, {active, grand}, {beside, grand}, {base, active}} {
-		if msg := h.compare(p[0], p[1]); msg != "" {
-			h.Fatalf("LAYERCTL_SEED=%d, from %s to %s (layers %s %s %s %s %s): %s", seed, p[0].ID, p[1].ID, base.ID, child.ID, grand.ID, active.ID, beside.ID, msg)
-		}
-	}
-	h.twins(base, g, rnd.Uint64(), 1+rnd.IntN(15), seed)
-	for _, r := range []drivers.Ref{beside, active, grand, child, base} {
-		h.must(h.d.Remove(h.ctx, r.ID))
-	}
+	drivertest.History{
+		Layer:   h.layer,
+		Differs: h.compare,
+		Remove:  func(id drivers.ID) { h.must(h.d.Remove(h.ctx, id)) },
+		Beside: func(base drivers.Ref, g *treegen.Gen, rnd *rand.Rand) {
+			h.twins(base, g, rnd.Uint64(), 1+rnd.IntN(15), seed)
+		},
+	}.Run(h.T, seed)
 }
 
 // twins compares two layers on which the same happens at the same time, but for
@@ -159,23 +130,6 @@ func (h *history) layer(parent drivers.Ref, ops []treegen.Op, commit bool) drive
 	return r
 }
 
-// tarOf writes a diff as a tar, and its changes as text.
-func tarOf(ctx context.Context, changes iter.Seq2[layer.Change, error]) (tar []byte, lines string, err error) {
-	var b, text bytes.Buffer
-	noted := func(yield func(layer.Change, error) bool) {
-		for c, err := range changes {
-			if err == nil {
-				fmt.Fprintln(&text, c)
-			}
-			if !yield(c, err) {
-				return
-			}
-		}
-	}
-	_, err = layer.WriteTar(ctx, &b, noted, layer.TarOptions{})
-	return b.Bytes(), text.String(), err
-}
-
 func (h *history) compare(from, to drivers.Ref) string {
 	h.Helper()
 	msg := h.differs(from, to)
@@ -197,18 +151,15 @@ func (h *history) differs(from, to drivers.Ref) string {
 		defer l.Close()
 		return h.d.treePath(r.ID, l.kind)
 	}
-	want, wantLines, err := tarOf(h.ctx, layer.DiffTrees(h.ctx, path(from), path(to), layer.DiffOptions{}))
+	want, err := drivertest.Collect(h.ctx, layer.DiffTrees(h.ctx, path(from), path(to), layer.DiffOptions{}))
 	if err != nil {
 		return "walk: " + err.Error()
 	}
-	got, gotLines, err := tarOf(h.ctx, h.d.Diff(h.ctx, from, to))
+	got, err := drivertest.Collect(h.ctx, h.d.Diff(h.ctx, from, to))
 	if err != nil {
 		return "diff: " + err.Error()
 	}
-	if !bytes.Equal(got, want) || gotLines != wantLines {
-		return fmt.Sprintf("the walk says\n%sand the diff\n%s", wantLines, gotLines)
-	}
-	return ""
+	return got.Differs(want)
 }
 
 // sendable reports whether SEND says what changed: a diff that quietly walked

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -15,27 +14,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/layerctl/layerctl/drivers/drivertest"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/internal/treegen"
 	"github.com/layerctl/layerctl/layer"
 )
-
-// diffOf is a changeset as text, with a digest of its tar.
-func diffOf(ctx context.Context, changes iter.Seq2[layer.Change, error]) (string, error) {
-	var tar, text bytes.Buffer
-	noted := func(yield func(layer.Change, error) bool) {
-		for c, err := range changes {
-			if err == nil {
-				fmt.Fprintln(&text, c)
-			}
-			if !yield(c, err) {
-				return
-			}
-		}
-	}
-	r, err := layer.WriteTar(ctx, &tar, noted, layer.TarOptions{})
-	return fmt.Sprint(text.String(), r.DiffID), err
-}
 
 // compare holds the diff of the candidates against that of the whole trees.
 func compare(t *testing.T, what string, a, b disk, ranges []Range) *layer.Candidates {
@@ -48,44 +31,25 @@ func compare(t *testing.T, what string, a, b disk, ranges []Range) *layer.Candid
 	defer unmountFrom()
 	to, unmountTo := b.mount(true)
 	defer unmountTo()
-	want, err := diffOf(t.Context(), layer.DiffTrees(t.Context(), from, to, layer.DiffOptions{}))
+	want, err := drivertest.Collect(t.Context(), layer.DiffTrees(t.Context(), from, to, layer.DiffOptions{}))
 	if err != nil {
 		t.Fatalf("%s: walk: %v", what, err)
 	}
-	got, err := diffOf(t.Context(), layer.DiffTrees(t.Context(), from, to, layer.DiffOptions{Candidates: c.Names}))
+	got, err := drivertest.Collect(t.Context(), layer.DiffTrees(t.Context(), from, to, layer.DiffOptions{Candidates: c.Names}))
 	if err != nil {
 		t.Fatalf("%s: candidates: %v", what, err)
 	}
-	if got != want {
-		t.Fatalf("%s: the walk says\n%s\nand the candidates\n%s\nwhich are\n%v", what, want, got, c)
+	if msg := got.Differs(want); msg != "" {
+		t.Fatalf("%s: %s\nthe candidates are\n%v", what, msg, c)
 	}
 	return c
-}
-
-func firstSeed(t *testing.T) uint64 {
-	t.Helper()
-	s := os.Getenv("LAYERCTL_SEED")
-	if s == "" {
-		return rand.Uint64() >> 1
-	}
-	n, err := strconv.ParseUint(s, 10, 64)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return n
 }
 
 // TestCandidatesGiveTheDiffOfTheWalk: between any two of several file systems that
 // random operations made of one, the changeset of the candidates is, as a tar, that
 // of the whole trees. LAYERCTL_SEED gives the first seed, LAYERCTL_HISTORIES how many.
 func TestCandidatesGiveTheDiffOfTheWalk(t *testing.T) {
-	first, each := firstSeed(t), 2
-	if s := os.Getenv("LAYERCTL_HISTORIES"); s != "" {
-		var err error
-		if each, err = strconv.Atoi(s); err != nil {
-			t.Fatal(err)
-		}
-	}
+	first, each := testenv.Number(t, "LAYERCTL_SEED", rand.Uint64()>>1), testenv.Number(t, "LAYERCTL_HISTORIES", 2)
 	for i, o := range []struct {
 		name string
 		size int64
@@ -105,7 +69,7 @@ func TestCandidatesGiveTheDiffOfTheWalk(t *testing.T) {
 			}
 			testenv.Leaks(t)
 			for n := range each {
-				seed := first + uint64(i*each+n)
+				seed := first + uint64(i)*each + n
 				history(t, seed, o.size, o.mkfs)
 			}
 		})

@@ -34,7 +34,7 @@ func (d disk) frozen(dir string) disk {
 // What two snapshots differ by is found, and needs no walk.
 func TestSnapshotsOfAFileSystemInUse(t *testing.T) {
 	testenv.Leaks(t)
-	rnd := rand.New(rand.NewPCG(firstSeed(t), 6))
+	rnd := rand.New(rand.NewPCG(testenv.Number(t, "LAYERCTL_SEED", rand.Uint64()>>1), 6))
 	const files, size = 12, 64 << 10
 	d := newDisk(t, 48<<20)
 	d.change(func(dir string) {

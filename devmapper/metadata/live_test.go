@@ -2,53 +2,33 @@ package metadata
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/containerd/errdefs"
-
-	"github.com/layerctl/layerctl/devmapper/dm"
-	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/devmapper/dmtest"
 	"github.com/layerctl/layerctl/internal/testenv"
 )
 
 const (
-	thinBlock  = 64 << 10
+	thinBlock  = dmtest.BlockBytes
 	thinBlocks = 1024
+	poolName   = "lt-meta-pool"
 )
 
-// pool is one of the kernel's.
+// pool is one of the kernel's, with its active thin devices open.
 type pool struct {
-	*testing.T
-	*dm.Control
-	meta  string // the file that the metadata device is on
+	*dmtest.Pool
+	t     *testing.T
 	nodes map[ID]*os.File
 }
 
 func newPool(t *testing.T) *pool {
 	t.Helper()
-	testenv.Root(t)
-	c, err := dm.Open()
-	if errdefs.IsNotImplemented(err) {
-		testenv.NoDeviceMapper(t, err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	testenv.Leaks(t)
-	p := &pool{T: t, Control: c, nodes: map[ID]*os.File{}}
-	t.Cleanup(func() { c.Close() })
-	dir := testenv.Scratch(t)
-	p.meta = filepath.Join(dir, "metadata")
-	meta, data := p.loop(p.meta, 4<<20), p.loop(filepath.Join(dir, "data"), 256<<20)
-	p.device("lt-meta-pool", dm.Target{Length: 256 << 20 / 512, Type: "thin-pool", Params: fmt.Sprintf("%s %s 128 0 1 skip_block_zeroing", meta, data)})
-	return p
+	return &pool{t: t, Pool: dmtest.New(t, poolName, thinBlocks*thinBlock), nodes: map[ID]*os.File{}}
 }
 
 func (p *pool) check(err error) {
@@ -58,45 +38,9 @@ func (p *pool) check(err error) {
 	}
 }
 
-func (p *pool) loop(file string, bytes int64) string {
+// open opens an active thin device.
+func (p *pool) open(id ID, node string) {
 	p.Helper()
-	p.check(errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, bytes)))
-	l, err := sys.AttachLoop(file, sys.LoopOptions{Autoclear: true})
-	p.check(err)
-	p.Cleanup(func() { l.Close() })
-	s, err := sys.StatPath(l.Name())
-	p.check(err)
-	return fmt.Sprintf("%d:%d", s.RdevMajor, s.RdevMinor)
-}
-
-func (p *pool) device(name string, target dm.Target) (node string) {
-	p.Helper()
-	_, err := p.Create(name, "layerctl-"+name)
-	p.check(err)
-	p.Cleanup(func() { p.check(errors.Join(dm.RemoveNode(name), p.Remove(name, false))) })
-	p.check(p.Load(name, []dm.Target{target}, false))
-	p.check(p.Resume(name))
-	i, err := p.Info(name)
-	p.check(err)
-	node, err = dm.MakeNode(i)
-	p.check(err)
-	return node
-}
-
-func (p *pool) say(format string, args ...any) {
-	p.Helper()
-	_, err := p.Message("lt-meta-pool", 0, fmt.Sprintf(format, args...))
-	p.check(err)
-}
-
-func thinName(id ID) string { return fmt.Sprint("lt-meta-", id) }
-
-// open activates a thin device.
-func (p *pool) open(id ID) {
-	p.Helper()
-	i, err := p.Info("lt-meta-pool")
-	p.check(err)
-	node := p.device(thinName(id), dm.Target{Length: thinBlocks * thinBlock / 512, Type: "thin", Params: fmt.Sprintf("%s %d", i.Dev, id)})
 	f, err := os.OpenFile(node, os.O_RDWR, 0)
 	p.check(err)
 	p.Cleanup(func() { f.Close() })
@@ -105,10 +49,7 @@ func (p *pool) open(id ID) {
 
 func (p *pool) snapshot(id, origin ID) {
 	p.Helper()
-	p.check(p.Suspend(thinName(origin), dm.SuspendOptions{}))
-	p.say("create_snap %d %d", id, origin)
-	p.check(p.Resume(thinName(origin)))
-	p.open(id)
+	p.open(id, p.Snapshot(uint32(id), uint32(origin)))
 }
 
 // change writes to blocks and discards some.
@@ -139,24 +80,24 @@ func (p *pool) change(r *rand.Rand, id ID, n int) {
 func TestTheKernelsOwnTrees(t *testing.T) {
 	p := newPool(t)
 	r := rand.New(rand.NewPCG(1, 4))
-	p.say("create_thin 0")
-	p.open(0)
+	p.Say("create_thin 0")
+	p.open(0, p.Thin(0))
 	p.change(r, 0, 100)
 	for id := ID(1); id < 4; id++ {
 		p.snapshot(id, ID(r.Uint32N(uint32(id))))
 		p.change(r, id, 1+30*int(id%3))
 		p.change(r, ID(r.Uint32N(uint32(id))), 3)
 	}
-	p.say("set_transaction_id 0 11")
-	p.say("reserve_metadata_snap")
+	p.Say("set_transaction_id 0 11")
+	p.Say("reserve_metadata_snap")
 	contents := map[ID][]byte{}
 	for id := range p.nodes {
 		contents[id] = p.content(id)
 	}
 	p.change(r, 3, 40)
-	p.say("set_transaction_id 11 12")
+	p.Say("set_transaction_id 11 12")
 	p.compare(r, contents)
-	p.say("release_metadata_snap")
+	p.Say("release_metadata_snap")
 }
 
 func (p *pool) content(id ID) []byte {
@@ -170,9 +111,9 @@ func (p *pool) content(id ID) []byte {
 // compare holds the metadata snapshot against thin_dump, thin_delta and the content.
 func (p *pool) compare(r *rand.Rand, contents map[ID][]byte) {
 	p.Helper()
-	status, err := p.Status("lt-meta-pool", false) // commits
+	status, err := p.Status(poolName, false) // commits
 	p.check(err)
-	b, err := os.ReadFile(p.meta)
+	b, err := os.ReadFile(p.Metadata)
 	p.check(err)
 	whole, err := Open(bytes.NewReader(b))
 	p.check(err)
@@ -195,7 +136,7 @@ func (p *pool) compare(r *rand.Rand, contents map[ID][]byte) {
 		same(p, "mapped blocks", len(m[d.ID]), int(d.Mapped))
 	}
 	same(p, "devices", len(m), len(contents))
-	agree(p.T, r, b, snap, m, "-m")
+	agree(p.t, r, b, snap, m, "-m")
 	for left := range contents {
 		for right := range contents {
 			p.sameElsewhere(snap, left, right, contents)

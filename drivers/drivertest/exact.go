@@ -57,14 +57,14 @@ func foreignOwners(k *kit) {
 	}
 	k.check(tw.Close())
 	r := k.applied(drivers.Ref{}, in.Bytes())
-	k.wantOwners(k.diffIsExact(drivers.Ref{}, r).tar)
+	k.wantOwners(k.diffIsExact(drivers.Ref{}, r).Tar)
 	child := k.create(r, drivers.CreateOptions{})
 	k.edit(child, func(dir string) { (&work{TB: k, dir: dir}).mtime("d/f", 1_000_000_000, 0) })
 	k.commit(child)
-	if c := k.diffIsExact(r, child); !slices.Equal(c.lines, []string{"C d/f (time)"}) {
-		k.Errorf("after a change of one time: %q", c.lines)
+	if c := k.diffIsExact(r, child); !slices.Equal(c.Lines, []string{"C d/f (time)"}) {
+		k.Errorf("after a change of one time: %q", c.Lines)
 	}
-	k.wantOwners(k.diffIsExact(drivers.Ref{}, child).tar)
+	k.wantOwners(k.diffIsExact(drivers.Ref{}, child).Tar)
 }
 
 // wantOwners reads a tar back and compares the owners that foreignOwners set.
@@ -95,7 +95,7 @@ func whiteoutName(k *kit) {
 	if !ok {
 		k.Skip("the driver has no diff")
 	}
-	_, err := collect(k.ctx, differ.Diff(k.ctx, base, r))
+	_, err := Collect(k.ctx, differ.Diff(k.ctx, base, r))
 	k.wants("diff", err, errdefs.ErrInvalidArgument)
 	if !strings.Contains(err.Error(), "d/.wh.f") {
 		k.Errorf("the error names not the file: %v", err)
@@ -169,27 +169,27 @@ func (p pair) diff(k *kit, b both) {
 	there := k.diffIsExact(b.base, b.child)
 	k.diffIsExact(b.child, b.base)
 	k.diffIsExact(drivers.Ref{}, b.child)
-	if same := k.diffIsExact(b.child, b.child); len(same.lines) > 0 {
-		k.Errorf("a layer differs from itself: %q", same.lines)
+	if same := k.diffIsExact(b.child, b.child); len(same.Lines) > 0 {
+		k.Errorf("a layer differs from itself: %q", same.Lines)
 	}
 	o := layer.DiffOptions{OverrideStat: !k.fs.privileged}
-	plain, err := collect(k.ctx, layer.DiffTrees(k.ctx, b.plainBase, b.plain, o))
+	plain, err := Collect(k.ctx, layer.DiffTrees(k.ctx, b.plainBase, b.plain, o))
 	k.check(err)
-	k.same("the changes of plain directories", there.lines, plain.lines)
-	if !bytes.Equal(there.tar, plain.tar) {
+	k.same("the changes of plain directories", there.Lines, plain.Lines)
+	if !bytes.Equal(there.Tar, plain.Tar) {
 		k.Error("the tar of plain directories is another")
 	}
 }
 
 func (p pair) apply(k *kit, b both) {
-	tar := k.walkDiff(b.base, b.child).tar
+	tar := k.walkDiff(b.base, b.child).Tar
 	want := b.wantNew
 	if p.lost == "sockets" {
 		want = b.wantBase // sockets are all that such a pair changes
 	}
 	r := k.applied(b.base, tar)
 	k.same("the changeset applied to the parent", k.tree(r), want)
-	r = k.applied(drivers.Ref{}, k.walkDiff(drivers.Ref{}, b.base).tar)
+	r = k.applied(drivers.Ref{}, k.walkDiff(drivers.Ref{}, b.base).Tar)
 	if p.lost == "" {
 		k.same("the parent's changeset applied to nothing", k.tree(r), b.wantBase)
 	}

@@ -8,13 +8,13 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/internal/treegen"
 	"github.com/layerctl/layerctl/layer"
 )
@@ -47,12 +47,7 @@ func randomOperations(k *kit) {
 		k.replay(file, string(text))
 		return
 	}
-	seed := uint64(time.Now().UnixNano())
-	if text := os.Getenv("LAYERCTL_SEED"); text != "" {
-		n, err := strconv.ParseUint(text, 10, 64)
-		k.check(err)
-		seed = n
-	}
+	seed := testenv.Number(k, "LAYERCTL_SEED", uint64(time.Now().UnixNano()))
 	for round := range modelRounds {
 		ops := k.drawn(seed + uint64(round))
 		if err := k.model(ops); err != nil {
@@ -342,18 +337,18 @@ func (m *modelRun) compareDiff() error {
 		defer k.umount(below)
 	}
 	o := layer.DiffOptions{OverrideStat: !k.fs.privileged}
-	want, err := collect(k.ctx, layer.DiffTrees(k.ctx, below, m.dir, o))
+	want, err := Collect(k.ctx, layer.DiffTrees(k.ctx, below, m.dir, o))
 	if err != nil {
 		return fmt.Errorf("walk: %w", err)
 	}
-	got, err := collect(k.ctx, differ.Diff(k.ctx, m.below, m.layer))
+	got, err := Collect(k.ctx, differ.Diff(k.ctx, m.below, m.layer))
 	if err != nil {
 		return fmt.Errorf("diff: %w", err)
 	}
-	if d := difference(got.lines, want.lines); d != "" {
+	if d := difference(got.Lines, want.Lines); d != "" {
 		return fmt.Errorf("the changes (- walk, + driver):\n%s", d)
 	}
-	if string(got.tar) != string(want.tar) {
+	if string(got.Tar) != string(want.Tar) {
 		return errors.New("the same changes, other tars")
 	}
 	return nil

@@ -92,12 +92,12 @@ func lifeChanges(k *kit, base, r drivers.Ref) error {
 	if !ok {
 		return nil
 	}
-	c, err := collect(k.ctx, differ.Diff(k.ctx, base, r))
+	c, err := Collect(k.ctx, differ.Diff(k.ctx, base, r))
 	if err != nil {
 		return err
 	}
 	want := []string{"C . (time)", "C d7 (time)", "D d7/f", "A own"}
-	if d := difference(c.lines, want); d != "" {
+	if d := difference(c.Lines, want); d != "" {
 		return fmt.Errorf("its changes (- wanted, + got):\n%s", d)
 	}
 	return nil
@@ -176,7 +176,7 @@ func cancelledDuring(k *kit) {
 			w.file(fmt.Sprintf("d%d/f%d", i%20, i), itoa(i))
 		}
 	})
-	tar := k.walkDiff(drivers.Ref{}, base).tar
+	tar := k.walkDiff(drivers.Ref{}, base).Tar
 	want := k.tree(base)
 	for after := 100 * time.Microsecond; after < 50*time.Millisecond; after *= 3 {
 		r := k.ref(base)

@@ -252,7 +252,7 @@ func commitSurvives(k *kit) {
 func applySurvives(k *kit) {
 	d := k.disk()
 	source := k.layer(drivers.Ref{}, func(dir string) { rootfs(k, dir, "one") })
-	tar, want := k.walkDiff(drivers.Ref{}, source).tar, k.tree(source)
+	tar, want := k.walkDiff(drivers.Ref{}, source).Tar, k.tree(source)
 	r := d.create(drivers.Ref{}, drivers.CreateOptions{})
 	if a, ok := d.driver.(drivers.Applier); ok {
 		k.check(a.Apply(k.ctx, r, bytes.NewReader(tar), layer.ApplyOptions{}))

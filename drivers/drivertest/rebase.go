@@ -108,7 +108,7 @@ func (k *kit) rebasing(name string, names []string) *rebasing {
 	ctx := faults.With(k.ctx, func(string) error { b.steps++; return nil })
 	_, err := k.driver.Commit(ctx, r, drivers.CommitOptions{})
 	k.check(err)
-	b.tree, b.changes = k.tree(r), k.diffIsExact(b.base, r).tar
+	b.tree, b.changes = k.tree(r), k.diffIsExact(b.base, r).Tar
 	k.same(name+": rebased, and applied onto its parents", b.tree, k.tree(direct))
 	k.check(k.driver.Remove(k.ctx, direct.ID))
 	k.check(k.driver.Remove(k.ctx, r.ID))
@@ -139,10 +139,10 @@ func (b *rebasing) again(on *kit, step int, r drivers.Ref) {
 		b.Fatalf("%s: stopped at step %d, then again: %v", b.name, step, err)
 	}
 	on.same(fmt.Sprintf("%s: stopped at step %d, then again", b.name, step), on.tree(r), b.tree)
-	c, err := collect(b.ctx, on.driver.(drivers.Differ).Diff(b.ctx, b.base, r))
+	c, err := Collect(b.ctx, on.driver.(drivers.Differ).Diff(b.ctx, b.base, r))
 	b.check(err)
-	if !bytes.Equal(c.tar, b.changes) {
-		b.Fatalf("%s: stopped at step %d, then again: other changes: %v", b.name, step, c.lines)
+	if !bytes.Equal(c.Tar, b.changes) {
+		b.Fatalf("%s: stopped at step %d, then again: other changes: %v", b.name, step, c.Lines)
 	}
 	on.check(on.driver.Remove(b.ctx, r.ID))
 }

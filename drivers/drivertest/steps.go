@@ -84,7 +84,7 @@ func (k *kit) eachOp(at func(name string, base drivers.Ref, tar []byte, step int
 		k.check(os.WriteFile(dir+"/f", []byte("base"), 0o644))
 		k.check(os.Link(dir+"/f", dir+"/g"))
 	})
-	want, tar := k.tree(base), k.walkDiff(drivers.Ref{}, base).tar
+	want, tar := k.tree(base), k.walkDiff(drivers.Ref{}, base).Tar
 	total := 0
 	for _, name := range []string{"create", "create without parent", "create of a view", "commit", "remove", "apply"} {
 		steps := k.steps(name, base, tar)

@@ -6,7 +6,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -60,14 +59,7 @@ func (d *differential) environment() (seed uint64, end time.Time) {
 		end = time.Now().Add(long)
 		seed = uint64(time.Now().UnixNano())
 	}
-	if text := os.Getenv("LAYERCTL_SEED"); text != "" {
-		n, err := strconv.ParseUint(text, 10, 64)
-		if err != nil {
-			d.Fatal(err)
-		}
-		seed = n
-	}
-	return seed, end
+	return testenv.Number(d, "LAYERCTL_SEED", seed), end
 }
 
 // differential is the test being run.

@@ -38,6 +38,7 @@ var level = map[string]int{
 	"layer":                   2,
 	"devmapper/dm":            1,
 	"devmapper/thin":          2,
+	"devmapper/dmtest":        2,
 	"devmapper/metadata":      1,
 	"devmapper/ext4":          3,
 	"drivers":                 3,
