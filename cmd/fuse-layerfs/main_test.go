@@ -281,18 +281,28 @@ func openFuse(t *testing.T) {
 	t.Cleanup(func() { must(t, sys.Umount("/dev/fuse", sys.MNT_DETACH)) })
 }
 
-// An ordinary user mounts by fusermount3.
-func TestOrdinaryUser(t *testing.T) {
+// ordinary is a user who mounts by fusermount3.
+const ordinary = 65534
+
+// ordinaryLayers are layers of which the upper, work and the mountpoint are that
+// user's.
+func ordinaryLayers(t *testing.T) (dir string) {
+	t.Helper()
 	if _, err := exec.LookPath("fusermount3"); err != nil {
 		testenv.Skip(t, "no fusermount3 (Debian: fuse3)")
 	}
-	dir := layers(t)
+	dir = layers(t)
 	openFuse(t)
-	const user = 65534
 	for _, d := range []string{"u", "w", "m"} {
-		must(t, os.Chown(filepath.Join(dir, d), user, user))
+		must(t, os.Chown(filepath.Join(dir, d), ordinary, ordinary))
 	}
-	nobody := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}
+	return dir
+}
+
+// An ordinary user mounts by fusermount3.
+func TestOrdinaryUser(t *testing.T) {
+	dir := ordinaryLayers(t)
+	nobody := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinary, Gid: ordinary}}
 	cmd := program("-o", "lowerdir=l,upperdir=u,workdir=w,userxattr", "m")
 	cmd.Env = append(cmd.Env, "TEST_DIR="+dir)
 	cmd.SysProcAttr = nobody

@@ -166,15 +166,7 @@ func wantOwners(t *testing.T, m string) {
 // Files of somebody else, which an ordinary user's server cannot give away, keep
 // their owner over a copy-up, and device nodes that a regular file stands for show.
 func TestOwnersInXattrsOfAnOrdinaryUser(t *testing.T) {
-	if _, err := exec.LookPath("fusermount3"); err != nil {
-		testenv.Skip(t, "no fusermount3 (Debian: fuse3)")
-	}
-	dir := layers(t)
-	openFuse(t)
-	const user = 65534
-	for _, d := range []string{"u", "w", "m"} {
-		must(t, os.Chown(filepath.Join(dir, d), user, user))
-	}
+	dir := ordinaryLayers(t)
 	l := filepath.Join(dir, "l")
 	for name, value := range map[string]string{".": "3:4:777:dir", "f": "5:6:666:file", "null": "0:0:666:char-1-3"} {
 		p := filepath.Join(l, name)
@@ -185,7 +177,7 @@ func TestOwnersInXattrsOfAnOrdinaryUser(t *testing.T) {
 	}
 	cmd := program("-o", "lowerdir=l,upperdir=u,workdir=w,userxattr,xattr_permissions=2", "m")
 	cmd.Env = append(cmd.Env, "TEST_DIR="+dir)
-	nobody := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: user, Gid: user}}
+	nobody := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinary, Gid: ordinary}}
 	cmd.SysProcAttr = nobody
 	start(t, dir, cmd)
 	sh := exec.Command("/bin/sh", "-ec", `test "$(stat -c %u:%g:%a m m/f)" = "3:4:777

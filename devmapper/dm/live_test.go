@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/devmapper/dm"
+	"github.com/layerctl/layerctl/devmapper/dmtest"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
 )
@@ -30,18 +31,7 @@ type bench struct {
 
 func newBench(t *testing.T) *bench {
 	t.Helper()
-	testenv.Root(t)
-	c, err := dm.Open()
-	if errdefs.IsNotImplemented(err) {
-		testenv.NoDeviceMapper(t, err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	testenv.Leaks(t)
-	b := &bench{t, c}
-	t.Cleanup(func() { c.Close() })
-	return b
+	return &bench{t, dmtest.Open(t)}
 }
 
 func (b *bench) check(err error) {

@@ -31,9 +31,9 @@ type Pool struct {
 	thinBytes int64
 }
 
-// New makes a pool of that name, whose thin devices have so many bytes. It skips
-// where the kernel has no device-mapper, see testenv.NoDeviceMapper.
-func New(t *testing.T, name string, thinBytes int64) *Pool {
+// Open opens the control device until the test's end, which checks that nothing is
+// left. It skips where the kernel has no device-mapper, see testenv.NoDeviceMapper.
+func Open(t *testing.T) *dm.Control {
 	t.Helper()
 	testenv.Root(t)
 	c, err := dm.Open()
@@ -45,6 +45,14 @@ func New(t *testing.T, name string, thinBytes int64) *Pool {
 	}
 	testenv.Leaks(t)
 	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// New makes a pool of that name, whose thin devices have so many bytes. It skips as
+// Open does.
+func New(t *testing.T, name string, thinBytes int64) *Pool {
+	t.Helper()
+	c := Open(t)
 	dir := testenv.Scratch(t)
 	p := &Pool{TB: t, Control: c, Metadata: filepath.Join(dir, "metadata"), name: name, thinBytes: thinBytes}
 	meta, data := p.loop(p.Metadata, 4<<20), p.loop(filepath.Join(dir, "data"), dataBytes)
