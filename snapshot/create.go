@@ -220,6 +220,7 @@ func (c *creation) try(ctx context.Context, block *block, co drivers.CreateOptio
 func (c *creation) record(ctx context.Context, block *block, exposed bool) error {
 	s := c.v.s
 	var ended []drivers.ID
+	ahead := s.ids.ahead()
 	err := s.db.update(ctx, func(t *txn) (err error) {
 		if err := t.mustBeFree(c.v.name, c.key); err != nil {
 			return err
@@ -248,9 +249,17 @@ func (c *creation) record(ctx context.Context, block *block, exposed bool) error
 		if err := t.putName(c.v.name, c.key, n); err != nil {
 			return err
 		}
+		if ahead != nil {
+			if err := ahead.in(t); err != nil {
+				return err
+			}
+		}
 		ended, err = s.ids.settle(t, block)
 		return err
 	})
+	if ahead != nil {
+		_ = ahead.end(err) // err itself is returned
+	}
 	if err == nil {
 		s.ids.settled(block, ended)
 	}

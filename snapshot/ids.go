@@ -15,7 +15,8 @@ import (
 )
 
 // maxLease bounds a block of IDs. The first is of one, so that a program that
-// makes one snapshot writes no more than the counter and the record.
+// makes one snapshot writes no more than the counter and the record; from the
+// second on the record of a block's last ID takes the next block with it.
 const maxLease = 64
 
 // ids hands out IDs from blocks that it leases from the counter in the
@@ -79,46 +80,89 @@ func (i *ids) fromBlock() (drivers.ID, *block) {
 	return b.next - 1, b
 }
 
-// lease takes the next block from the counter, durably: a block that was ever
-// handed out is behind the counter after a crash, too.
+// lease takes the next block, in a transaction of its own.
 func (i *ids) lease(ctx context.Context) error {
-	n := i.nextSize()
-	var b *block
-	err := i.s.db.update(ctx, func(t *txn) error {
-		if b != nil {
-			b.release() // of an earlier try
-			b = nil
-		}
-		first := t.nextID()
-		release, ok, err := i.s.locks.try(leasePlace(first))
-		if err != nil {
-			return err
-		}
-		if !ok {
-			return fmt.Errorf("IDs from %s are leased to a process, and the counter does not know: %w", first, errdefs.ErrDataLoss)
-		}
-		b = &block{first: first, end: first + n, next: first, release: release}
-		return t.putLease(b, i.s.owner())
-	})
-	if err != nil {
-		if b != nil {
-			b.release()
-		}
-		return fmt.Errorf("lease IDs: %w", err)
+	l := &leasing{i: i, n: i.nextSize()}
+	return l.end(i.s.db.update(ctx, l.in))
+}
+
+// ahead is a leasing for the transaction that records an ID, so that the next
+// snapshot needs none of its own; nil if there are IDs left, if somebody is about
+// it, or if it is the first block: a program may want no second snapshot. Who has
+// one must end it.
+func (i *ids) ahead() *leasing {
+	select {
+	case <-i.turn:
+	default:
+		return nil
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.blocks[b.first], i.now = b, b
+	if b := i.now; b == nil || b.first+1 == b.end || b.next < b.end {
+		i.turn <- struct{}{}
+		return nil
+	}
+	return &leasing{i: i, n: i.sizeAfter(i.now), ahead: true}
+}
+
+// leasing is a block being taken from the counter. What was handed out of it is,
+// after a crash, behind the counter: the block is used when the transaction is
+// durable.
+type leasing struct {
+	i     *ids
+	n     drivers.ID // how many
+	b     *block     // of the last try
+	ahead bool       // holds the turn
+}
+
+// in takes the block within a transaction, which may be tried again.
+func (l *leasing) in(t *txn) error {
+	l.drop()
+	first := t.nextID()
+	release, ok, err := l.i.s.locks.try(leasePlace(first))
+	if err != nil {
+		return err
+	}
+	if !ok {
+		return fmt.Errorf("IDs from %s are leased to a process, and the counter does not know: %w", first, errdefs.ErrDataLoss)
+	}
+	l.b = &block{first: first, end: first + l.n, next: first, release: release}
+	return t.putLease(l.b, l.i.s.owner())
+}
+
+func (l *leasing) drop() {
+	if l.b != nil {
+		l.b.release()
+		l.b = nil
+	}
+}
+
+// end makes the block the present one, if err, the transaction's outcome, is nil.
+func (l *leasing) end(err error) error {
+	if l.ahead {
+		defer func() { l.i.turn <- struct{}{} }()
+	}
+	if err != nil {
+		l.drop()
+		return fmt.Errorf("lease IDs: %w", err)
+	}
+	l.i.mu.Lock()
+	defer l.i.mu.Unlock()
+	l.i.blocks[l.b.first], l.i.now = l.b, l.b
 	return nil
 }
 
 func (i *ids) nextSize() drivers.ID {
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	if i.now == nil {
+	return i.sizeAfter(i.now)
+}
+
+func (i *ids) sizeAfter(b *block) drivers.ID {
+	if b == nil {
 		return 1
 	}
-	return min(4*(i.now.end-i.now.first), maxLease)
+	return min(4*(b.end-b.first), maxLease)
 }
 
 // settle is called within the transaction that writes the record of an ID of

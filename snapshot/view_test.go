@@ -333,3 +333,23 @@ func TestIDsAreNeverReused(t *testing.T) {
 	}
 	clean(t, open(t, root))
 }
+
+// TestPrepareIsOneTransaction: once a process has made its second snapshot, every
+// further one is one transaction, the record's, which takes new IDs with it.
+func TestPrepareIsOneTransaction(t *testing.T) {
+	s, err := snapshot.Open(t.Context(), testenv.Scratch(t), snapshot.Options{Registry: registry(), Volatile: true})
+	must(t, err)
+	v := view(t, s, "v", "native")
+	prepare := func(i int) int {
+		before := s.Batches()
+		must(t, second(v.Prepare(t.Context(), fmt.Sprint(i), "")))
+		return s.Batches() - before
+	}
+	equal(t, "the first two", []int{prepare(0), prepare(1)}, []int{2, 2}) // no more IDs than one who makes one needs
+	for i := range 30 {                                                   // through the blocks of 4 and of 16
+		if n := prepare(2 + i); n != 1 {
+			t.Fatalf("prepare %d: %d transactions", 2+i, n)
+		}
+	}
+	must(t, s.Close())
+}
