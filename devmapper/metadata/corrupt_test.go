@@ -205,6 +205,10 @@ func FuzzRead(f *testing.F) {
 		}
 		_, _ = p.Snapshot()
 		_ = readAll(p)
+		c.reads = 0
+		if _, err := p.Check(t.Context()); err != nil || c.reads > 3*len(c.b)/BlockSize {
+			t.Errorf("check: %d reads in %d blocks, %v", c.reads, len(c.b)/BlockSize, err)
+		}
 		for id := range ID(4) {
 			c.reads = 0
 			for range p.Mappings(id) {

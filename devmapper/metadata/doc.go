@@ -8,8 +8,8 @@
 // four bytes, xored with a number of its kind. Block 0 is the superblock. It names
 // two B+trees: one of details (device ID to mapped blocks, transaction, times) and
 // one in two levels of mappings (device ID to the root of the device's tree; virtual
-// block to data block and time), and two space maps, of which only the sizes matter
-// here. Nodes are never changed while more than one tree has them: a snapshot begins
+// block to data block and time), and two space maps, which count the users of blocks and only
+// Check reads. Nodes are never changed while more than one tree has them: a snapshot begins
 // as a second name of its origin's root, and a write copies the nodes from the root to
 // its leaf. So two devices' trees have a block in common exactly where nobody wrote
 // since, which makes Delta and Exclusive O(changes): they go through both trees together

@@ -136,6 +136,12 @@ func (p *pool) compare(r *rand.Rand, contents map[ID][]byte) {
 		same(p, "mapped blocks", len(m[d.ID]), int(d.Mapped))
 	}
 	same(p, "devices", len(m), len(contents))
+	if r, found := checked(p, b); found != "" || !r.Accounted {
+		p.Errorf("accounted %v, found %s", r.Accounted, found)
+	}
+	if r, err := snap.Check(p.t.Context()); err != nil || len(r.Problems) > 0 || r.Accounted || len(r.Devices) != len(m) {
+		p.Errorf("the snapshot: %+v, %v", r, err)
+	}
 	agree(p.t, r, b, snap, m, "-m")
 	for left := range contents {
 		for right := range contents {

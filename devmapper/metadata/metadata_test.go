@@ -273,6 +273,7 @@ func TestWhatThinRestoreMakesIsReadAsThinDeltaReadsIt(t *testing.T) {
 		}
 		same(t, "devices", got, want)
 		agree(t, r, b, p, m)
+		sound(t, "check", b, m)
 	}
 }
 
