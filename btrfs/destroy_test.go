@@ -120,7 +120,11 @@ func TestRemoveLeavesWhatIsNotOurs(t *testing.T) {
 			t.Error(err)
 		}
 	}
+	if err := h.d.Inspect(h.ctx, r.ID); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "backup") {
+		t.Errorf("inspect: %v, want ErrFailedPrecondition that names it", err)
+	}
 	h.must(os.Rename(home+"/backup", h.d.root+"/../backup"))
+	h.must(h.d.Inspect(h.ctx, r.ID))
 	h.must(h.d.Remove(h.ctx, r.ID))
 }
 

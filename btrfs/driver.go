@@ -34,6 +34,7 @@ var (
 	_ drivers.Settler      = (*driver)(nil)
 	_ drivers.QuotaEnabler = (*driver)(nil)
 	_ drivers.Deduper      = (*driver)(nil)
+	_ drivers.Inspector    = (*driver)(nil)
 )
 
 func (d *driver) Capabilities() drivers.Capabilities { return d.caps }

@@ -79,6 +79,9 @@ func TestNestedSubvolumes(t *testing.T) {
 	if err := firstOf(h.d.Diff(h.ctx, drivers.Ref{}, r)); !errors.Is(err, errdefs.ErrFailedPrecondition) {
 		t.Errorf("diff: %v", err)
 	}
+	if err := h.d.Inspect(h.ctx, r.ID); !errors.Is(err, errdefs.ErrFailedPrecondition) || !strings.Contains(err.Error(), "var/lib/deep") {
+		t.Errorf("inspect: %v, want ErrFailedPrecondition that names it", err)
+	}
 	h.must(h.d.Remove(h.ctx, r.ID))
 	if ids := slices.Collect(idsOf(h)); len(ids) > 0 {
 		t.Errorf("left: %v", ids)

@@ -4,12 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"syscall"
 
 	"github.com/containerd/errdefs"
 
-	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -96,48 +94,4 @@ func (d *driver) empty(ctx context.Context, name string, id drivers.ID) error {
 		return err
 	}
 	return dir.Sync()
-}
-
-// refuseForeign refuses to delete what somebody put beside the subvolumes of a
-// layer: a snapshot of his own, say.
-func refuseForeign(layers *sys.Fd, name string) error {
-	l, err := layers.Openat(name, sys.O_RDONLY|sys.O_DIRECTORY, 0)
-	if errors.Is(err, syscall.ENOENT) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	defer l.Close()
-	names, err := l.ReadDir()
-	for _, e := range names {
-		switch kind(e.Name) {
-		case writable, view, committed:
-		default:
-			if !strings.HasPrefix(e.Name, diffPrefix) {
-				return fmt.Errorf("%q in %s is not this driver's: move it away: %w", e.Name, l.Name(), errdefs.ErrFailedPrecondition)
-			}
-		}
-	}
-	return err
-}
-
-// refuseNested refuses a tree with subvolumes in it: a snapshot of it shows an
-// empty directory for each.
-func refuseNested(tree *sys.Fd) error {
-	children, err := ioctl.Children(tree)
-	if err != nil || len(children) == 0 {
-		return err
-	}
-	path, name, err := ioctl.UserPath(tree, children[0])
-	switch {
-	case errors.Is(err, syscall.ENAMETOOLONG):
-		name = fmt.Sprintf("subvolume %d, whose path is too long to be told", children[0].ID)
-	case err != nil:
-		return err
-	case path != "":
-		name = path + "/" + name
-	}
-	return fmt.Errorf("%q is a btrfs subvolume, of which a layer can hold none: make a directory in its place, "+
-		"with its files (cp -a --reflink), and delete it (btrfs subvolume delete): %w", name, errdefs.ErrFailedPrecondition)
 }

@@ -132,6 +132,15 @@ type Deduper interface {
 	Dedup(ctx context.Context, layers []Ref, o DedupOptions) (DedupReport, error)
 }
 
+// Inspector is a driver into whose layers somebody can put what the driver refuses to
+// go on with, behind its back.
+type Inspector interface {
+	// Inspect says by name what is in a layer that is not the driver's, so that Commit
+	// or Remove would refuse it: an error that wraps ErrFailedPrecondition. What is lost
+	// is for Mounts to say.
+	Inspect(ctx context.Context, id ID) error
+}
+
 // DedupOptions say how far Dedup goes.
 type DedupOptions struct {
 	DryRun bool // find out only

@@ -28,6 +28,7 @@ const (
 	DriverUnknown     Problem = "driver-unknown"     // a driver's directory that this program has no driver for
 	LayerMissing      Problem = "layer-missing"      // a record whose bytes are gone
 	OrphanLayer       Problem = "orphan-layer"       // bytes that no record names
+	LayerForeign      Problem = "layer-foreign"      // a layer into which somebody put what its driver refuses
 	ListingMissing    Problem = "listing-missing"    // not computed yet, or gone
 	ListingDamaged    Problem = "listing-damaged"    // listings/ID is not what its digest says
 	ListingStray      Problem = "listing-stray"      // a listing of no layer
@@ -331,7 +332,37 @@ func (c *checker) driver(ctx context.Context, name string) error {
 			return err
 		}
 	}
+	if err := c.foreign(ctx, name, d); err != nil {
+		return err
+	}
 	return c.missing(ctx, name, d)
+}
+
+// foreign finds layers, removed ones too, into which somebody put what their driver
+// refuses.
+func (c *checker) foreign(ctx context.Context, driver string, d drivers.Driver) error {
+	in, ok := d.(drivers.Inspector)
+	if !ok {
+		return nil
+	}
+	for id, err := range d.IDs(ctx) {
+		if err != nil {
+			return err
+		}
+		refused := in.Inspect(ctx, id)
+		if refused == nil {
+			continue
+		}
+		if !errdefs.IsFailedPrecondition(refused) {
+			return refused
+		}
+		object, err := c.s.objectOf(ctx, driver, id)
+		if err != nil {
+			return err
+		}
+		c.add(Finding{Problem: LayerForeign, Object: object, Detail: refused.Error()}) // which says what to do
+	}
+	return nil
 }
 
 func (c *checker) orphan(ctx context.Context, name string, d drivers.Driver, id drivers.ID) error {
@@ -429,6 +460,15 @@ func (s *Store) recorded(ctx context.Context, driver string) (map[drivers.ID]str
 		})
 	})
 	return all, err
+}
+
+// objectOf is what findings call a layer of a driver, recorded or not.
+func (s *Store) objectOf(ctx context.Context, driver string, id drivers.ID) (object string, err error) {
+	err = s.db.view(ctx, func(t *txn) error {
+		object = t.objectOf(id, &layerRecord{Driver: driver})
+		return nil
+	})
+	return object, err
 }
 
 // objectOf is what findings call a layer: its first name, else driver and ID.
