@@ -44,7 +44,7 @@ func (r destroyer) layer(dir *sys.Fd, name string) error {
 		if strings.HasPrefix(e.Name, diffPrefix) {
 			err = r.layer(l, e.Name)
 		} else {
-			err = r.subvolume(l, e.Name)
+			err = (&emptier{destroyer: r}).name(l, e) // a subvolume, or in a copy of a store a directory
 		}
 		if err != nil && !errors.Is(err, syscall.ENOENT) {
 			return err

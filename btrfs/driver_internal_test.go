@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"os"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -254,6 +255,35 @@ func TestSubvolumeDeletedBehindOurBack(t *testing.T) {
 	h.must(h.d.Remove(h.ctx, r.ID))
 	if ids := slices.Collect(idsOf(h)); len(ids) > 0 {
 		t.Errorf("left: %v", ids)
+	}
+}
+
+// A store that was copied file by file has directories where subvolumes were: check
+// found nothing, calls said "invalid argument" or "permission denied", and no layer
+// could be removed.
+func TestStoreThatWasCopiedFileByFile(t *testing.T) {
+	h := fixture(t)
+	base := h.script(drivers.Ref{}, "mkdir d; echo 1 >d/f")
+	r, _ := h.create(base, drivers.CreateOptions{})
+	h.must(exec.Command("cp", "-a", h.d.root, h.d.root+"2").Run())
+	c := newHistory(t, h.d.root+"2")
+	for _, r := range []drivers.Ref{base, r} {
+		_, err := c.d.Mounts(h.ctx, r, drivers.MountOptions{})
+		_, commitErr := c.d.Commit(h.ctx, r, drivers.CommitOptions{})
+		createErr := c.d.Create(h.ctx, drivers.Ref{ID: 99, Parents: []drivers.ID{r.ID}}, drivers.CreateOptions{})
+		for _, err := range []error{err, commitErr, createErr, firstOf(c.d.Diff(h.ctx, drivers.Ref{}, r))} {
+			if !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), "no subvolume") {
+				t.Errorf("%v, want ErrDataLoss that says why", err)
+			}
+		}
+		h.must(c.d.Remove(h.ctx, r.ID))
+	}
+	if ids := slices.Collect(idsOf(c)); len(ids) > 0 {
+		t.Errorf("left: %v", ids)
+	}
+	for _, r := range []drivers.Ref{base, r} {
+		_, err := h.d.Mounts(h.ctx, r, drivers.MountOptions{})
+		h.must(err)
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/roots"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -74,18 +75,8 @@ func (d *driver) layer(id drivers.ID) (*layerDir, error) {
 // read finds out what a layer is. One whose subvolume or description is missing
 // was changed by somebody else.
 func (l *layerDir) read() error {
-	for _, k := range []kind{committed, view, writable} { // a committed one may still have the other
-		there, err := l.Fd.Exists(string(k))
-		if err != nil {
-			return err
-		}
-		if there {
-			l.kind = k
-			break
-		}
-	}
-	if l.kind == "" {
-		return fmt.Errorf("has no subvolume: it was deleted behind our back: %w", errdefs.ErrDataLoss)
+	if err := l.findTree(); err != nil {
+		return err
 	}
 	text, err := l.Getxattr("", aboutXattr)
 	if err == nil {
@@ -104,6 +95,22 @@ func (l *layerDir) read() error {
 		return err
 	}
 	return nil
+}
+
+// findTree finds the layer's subvolume, whose name says what the layer is.
+func (l *layerDir) findTree() error {
+	for _, k := range []kind{committed, view, writable} { // a committed one may still have the other
+		st, err := l.Stat(string(k))
+		if errors.Is(err, syscall.ENOENT) {
+			continue
+		}
+		if err == nil && st.Ino != ioctl.BTRFS_FIRST_FREE_OBJECTID {
+			err = fmt.Errorf("%s is no subvolume, as where a store was copied file by file; what is in it can be read there: %w", k, errdefs.ErrDataLoss)
+		}
+		l.kind = k
+		return err
+	}
+	return fmt.Errorf("has no subvolume: it was deleted behind our back: %w", errdefs.ErrDataLoss)
 }
 
 func (a *about) write(dir *sys.Fd) error {
