@@ -19,8 +19,9 @@ import (
 // Diff lets the kernel say by SEND which paths of the two trees may differ, and
 // compares exactly those: O(changes). What SEND says of a path is not looked at,
 // only that it names it. Without the right to send, from nothing, between layers
-// that have no parent in common, and between two that changed a file at the same
-// moment, it walks both trees.
+// that have no parent in common, between two that changed a file at the same
+// moment, and where there is no room for the snapshot that an active layer is sent
+// from, it walks both trees.
 func (d *driver) Diff(ctx context.Context, from, to drivers.Ref) iter.Seq2[layer.Change, error] {
 	return func(yield func(layer.Change, error) bool) {
 		err := d.diff(ctx, from, to, yield)
@@ -48,7 +49,7 @@ func (d *driver) diff(ctx context.Context, from, to drivers.Ref, yield func(laye
 		defer a.close()
 	}
 	o := layer.DiffOptions{OverrideStat: d.keepsStat()}
-	if send {
+	if send && !a.live && !b.live {
 		if o.Candidates, err = d.candidates(ctx, from, to, a.fd, b.fd); err != nil {
 			return err
 		}
@@ -106,6 +107,7 @@ func bottom(r drivers.Ref) drivers.ID {
 type stillTree struct {
 	path string // "" is the empty tree
 	fd   *sys.Fd
+	live bool // there is no room for a snapshot of it, so that it cannot be sent
 	drop func()
 }
 
@@ -134,6 +136,9 @@ func (d *driver) still(ctx context.Context, r drivers.Ref, send bool) (*stillTre
 	}
 	if err == nil && send {
 		err = l.hold(ctx, t)
+		if t.live = noRoom(err); t.live {
+			err = nil
+		}
 	}
 	if err != nil {
 		t.close()
@@ -141,6 +146,9 @@ func (d *driver) still(ctx context.Context, r drivers.Ref, send bool) (*stillTre
 	}
 	return t, nil
 }
+
+// noRoom reports whether a file system is full, or read-only.
+func noRoom(err error) bool { return drivers.IsFull(err) || errors.Is(err, syscall.EROFS) }
 
 // hold makes a tree one that can be sent.
 func (l *layerDir) hold(ctx context.Context, t *stillTree) error {

@@ -3,10 +3,12 @@ package btrfs
 import (
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"testing"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
 )
 
@@ -221,5 +223,22 @@ func TestDiffAndUsageWithoutUnlinkedFiles(t *testing.T) {
 	}
 	if u, err := h.d.Usage(h.ctx, r); err != nil || u.Bytes != 0 || u.Inodes != 0 {
 		t.Errorf("usage %+v, %v, of a layer that has only deletions", u, err)
+	}
+}
+
+// On a read-only file system an active layer has no snapshot to be sent from: its diff
+// was "read-only file system".
+func TestDiffOnAReadOnlyFileSystem(t *testing.T) {
+	h := fixture(t)
+	base := h.script(drivers.Ref{}, "mkdir d; echo 1 >d/f; echo 2 >d/g; ln d/g d/h")
+	r, tree := h.create(base, drivers.CreateOptions{})
+	h.must(os.WriteFile(tree+"/d/f", []byte("2"), 0o600))
+	h.must(os.Remove(tree + "/d/g"))
+	h.must(h.d.SyncUsage(h.ctx))
+	h.must(sys.Mount("", filepath.Dir(h.d.root), "", sys.MS_REMOUNT|sys.MS_RDONLY, ""))
+	for _, p := range [][2]drivers.Ref{{base, r}, {r, base}} {
+		if msg := h.differs(p[0], p[1]); msg != "" {
+			t.Error(msg)
+		}
 	}
 }

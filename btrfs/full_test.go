@@ -46,8 +46,8 @@ func fullFileSystem(t *testing.T, fill func(dir string) error) {
 	h.next++
 	late := drivers.Ref{ID: h.next, Parents: []drivers.ID{base.ID}}
 	exhausted("create", h.d.Create(h.ctx, late, drivers.CreateOptions{}))
-	for _, err := range h.d.Diff(h.ctx, base, active) {
-		exhausted("diff", err)
+	if msg := h.differs(base, active); msg != "" { // there may be no room for a snapshot
+		t.Error(msg)
 	}
 	_, err := h.d.Commit(h.ctx, active, drivers.CommitOptions{})
 	exhausted("commit", err)
