@@ -41,9 +41,10 @@ type driver struct {
 }
 
 var (
-	_ drivers.Driver  = (*driver)(nil)
-	_ drivers.Differ  = (*driver)(nil)
-	_ drivers.Applier = (*driver)(nil)
+	_ drivers.Driver   = (*driver)(nil)
+	_ drivers.Differ   = (*driver)(nil)
+	_ drivers.Applier  = (*driver)(nil)
+	_ drivers.Examiner = (*driver)(nil)
 )
 
 func (d *driver) Capabilities() drivers.Capabilities { return d.caps }

@@ -27,6 +27,7 @@ func Factory() drivers.Factory {
 		Options: optionTable,
 		Probe:   Probe,
 		Open:    Open,
+		Examine: examineClosed,
 	}
 }
 

@@ -335,6 +335,8 @@ func TestChild(t *testing.T) {
 		}
 	case "lives":
 		err = d.lives(ctx, c)
+	case "leaves":
+		err = d.leaves(ctx, c.ID)
 	}
 	if err == nil {
 		err = d.Close()

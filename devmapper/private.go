@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"strings"
+	"sync"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -16,10 +19,37 @@ import (
 )
 
 // private is a device of our own on a thin device that may be shown elsewhere, too: its
-// name is no layer's, and nobody else takes it away.
+// name is no layer's, and nobody else takes it away while the process that it names is
+// alive.
 func (d *driver) private(id uint32, readOnly bool) thin.Volume {
-	name := fmt.Sprintf("%s.%d-%d", d.deviceName(0, id), os.Getpid(), d.temps.Add(1))
+	name := fmt.Sprintf("%s.%s-%d-%d", d.deviceName(0, id), pidNamespace(), os.Getpid(), d.temps.Add(1))
 	return thin.Volume{Name: name, ID: id, Sectors: d.template.sectors(), ReadOnly: readOnly}
+}
+
+// pidNamespace is the number of the namespace that our process id is of, "0" if that is
+// not known.
+var pidNamespace = sync.OnceValue(func() string {
+	link, err := os.Readlink("/proc/self/ns/pid") // pid:[4026531836]
+	number := strings.TrimSuffix(strings.TrimPrefix(link, "pid:["), "]")
+	if _, parseErr := strconv.ParseUint(number, 10, 64); err != nil || parseErr != nil {
+		return "0"
+	}
+	return number
+})
+
+// ownerDied reports whether a private device's owner is dead. One in another pid
+// namespace, or in one that is not known, may be alive.
+func (d *driver) ownerDied(device string) bool {
+	parts := strings.Split(strings.TrimPrefix(device, d.pool.Prefix()), ".") // 0, THIN, NS-PID-N
+	if len(parts) != 3 || parts[0] != "0" {
+		return false
+	}
+	f := strings.Split(parts[2], "-")
+	if len(f) != 3 || f[0] != pidNamespace() || f[0] == "0" {
+		return false
+	}
+	pid, err := strconv.Atoi(f[1])
+	return err == nil && pid > 0 && errors.Is(syscall.Kill(pid, 0), syscall.ESRCH)
 }
 
 // shown calls f while a private device is there.

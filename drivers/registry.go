@@ -63,6 +63,9 @@ type Factory struct {
 	Probe func(ctx context.Context, dir string) Probe
 	// Open opens or makes the driver's storage at c.Root.
 	Open func(ctx context.Context, c Config) (Driver, error)
+	// Examine, if not nil, says more of storage that Open refuses; see Examiner. It
+	// repairs nothing.
+	Examine func(ctx context.Context, c Config, o ExamineOptions) ([]Finding, error)
 }
 
 // Registry is an ordered list of factories, best first. The zero value is empty.

@@ -34,6 +34,11 @@ const (
 	ListingStray      Problem = "listing-stray"      // a listing of no layer
 	ContentDamaged    Problem = "content-damaged"    // a layer's bytes are not what its listing says
 	InterruptedCommit Problem = "interrupted-commit" // a process died in Commit
+	// What drivers find in what they keep layers in.
+	StorageState   = Problem(drivers.StorageState)
+	StorageDamaged = Problem(drivers.StorageDamaged)
+	StrayStorage   = Problem(drivers.StrayStorage)
+	OrphanDevice   = Problem(drivers.OrphanDevice)
 )
 
 // Finding is one thing that is not as it should be.
@@ -81,6 +86,8 @@ type CheckOptions struct {
 	Repair bool
 	// Progress, if not nil, is told what is being checked.
 	Progress func(CheckProgress)
+	// Note, if not nil, is told what was not checked, and why.
+	Note func(text string)
 }
 
 // CheckProgress is how far a check is.
@@ -318,7 +325,15 @@ func (c *checker) driver(ctx context.Context, name string) error {
 	d, err := c.s.driver(ctx, name)
 	if err != nil {
 		c.add(Finding{Problem: DriverBroken, Object: name, Detail: err.Error(), Suggestion: "make the driver work; its snapshots cannot be used until then"})
+		c.examineClosed(ctx, name)
 		return ctx.Err()
+	}
+	if x, ok := d.(drivers.Examiner); ok {
+		found, err := x.Examine(ctx, c.examineOptions(name))
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		c.examined(name, found, err)
 	}
 	// Layers first, records second: a layer made in between has its record then,
 	// or a lease that is held.
@@ -363,6 +378,34 @@ func (c *checker) foreign(ctx context.Context, driver string, d drivers.Driver) 
 		c.add(Finding{Problem: LayerForeign, Object: object, Detail: refused.Error()}) // which says what to do
 	}
 	return nil
+}
+
+// examineClosed has a driver that does not open say more of its storage.
+func (c *checker) examineClosed(ctx context.Context, name string) {
+	f, err := c.s.o.Registry.Lookup(name)
+	if err != nil || f.Examine == nil || ctx.Err() != nil {
+		return
+	}
+	found, err := f.Examine(ctx, drivers.Config{Root: c.s.driverRoot(name), Options: c.s.o.DriverOptions[name]}, c.examineOptions(name))
+	c.examined(name, found, err)
+}
+
+func (c *checker) examineOptions(driver string) drivers.ExamineOptions {
+	o := drivers.ExamineOptions{Repair: c.o.Repair}
+	if c.o.Note != nil {
+		o.Note = func(text string) { c.o.Note(driver + ": " + text) }
+	}
+	return o
+}
+
+// examined takes over what a driver found.
+func (c *checker) examined(driver string, found []drivers.Finding, err error) {
+	for _, f := range found {
+		c.add(Finding{Problem: Problem(f.Fault), Object: driver + ": " + f.Object, Detail: f.Detail, Repaired: f.Done != "", Done: f.Done, Suggestion: f.Suggestion})
+	}
+	if err != nil {
+		c.add(Finding{Problem: DriverBroken, Object: driver, Detail: err.Error(), Suggestion: "see the error; what the driver keeps its layers in was not checked to the end"})
+	}
 }
 
 func (c *checker) orphan(ctx context.Context, name string, d drivers.Driver, id drivers.ID) error {

@@ -1,13 +1,17 @@
 package snapshot_test
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/drivers/native"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/snapshot"
 )
@@ -150,4 +154,59 @@ func TestTreeDigestIsTheSameOnEveryDriver(t *testing.T) {
 		t.Errorf("digests %v", digests)
 	}
 	clean(t, s)
+}
+
+// examined is a driver that finds what it is told, or does not open.
+type examined struct {
+	drivers.Driver
+	found *[]drivers.Finding
+}
+
+func (e examined) Examine(_ context.Context, o drivers.ExamineOptions) ([]drivers.Finding, error) {
+	if o.Note != nil {
+		o.Note("looked")
+	}
+	for i := range *e.found {
+		if o.Repair {
+			(*e.found)[i].Done = "mended"
+		}
+	}
+	return *e.found, nil
+}
+
+// TestCheckAsksTheDriver: what a driver finds in what it keeps layers in is a finding, and
+// a driver that does not open may say more of it.
+func TestCheckAsksTheDriver(t *testing.T) {
+	var found []drivers.Finding
+	var broken error
+	f := native.Factory()
+	open := f.Open
+	f.Open = func(ctx context.Context, c drivers.Config) (drivers.Driver, error) {
+		d, err := open(ctx, c)
+		return examined{d, &found}, errors.Join(err, broken)
+	}
+	f.Examine = func(_ context.Context, c drivers.Config, _ drivers.ExamineOptions) ([]drivers.Finding, error) {
+		return []drivers.Finding{{Fault: drivers.StorageDamaged, Object: filepath.Base(c.Root)}}, io.ErrUnexpectedEOF
+	}
+	root := testenv.Scratch(t)
+	reopen := func() *snapshot.Store {
+		s, err := snapshot.Open(t.Context(), root, snapshot.Options{Registry: drivers.NewRegistry(f)})
+		must(t, err)
+		t.Cleanup(func() { must(t, s.Close()) })
+		return s
+	}
+	s := reopen()
+	layerOf(t, view(t, s, "v", "native"), "base", "", map[string]string{"a": "1"})
+	clean(t, s)
+	found = []drivers.Finding{{Fault: drivers.OrphanDevice, Object: "device x", Detail: "is nobody's", Suggestion: "do"}}
+	var notes []string
+	o := snapshot.CheckOptions{Note: func(text string) { notes = append(notes, text) }}
+	equal(t, "found", check(t, s, o), []snapshot.Finding{{Problem: snapshot.OrphanDevice, Object: "native: device x", Detail: "is nobody's", Suggestion: "do"}})
+	equal(t, "notes", notes, []string{"native: looked"})
+	o.Repair = true
+	equal(t, "repaired", check(t, s, o), []snapshot.Finding{{Problem: snapshot.OrphanDevice, Object: "native: device x", Detail: "is nobody's", Suggestion: "do", Repaired: true, Done: "mended"}})
+	must(t, s.Close())
+	broken = errors.New("broken")
+	got := problems(check(t, reopen(), snapshot.CheckOptions{Quick: true}))
+	equal(t, "of one that does not open", got, []snapshot.Problem{snapshot.DriverBroken, snapshot.StorageDamaged, snapshot.DriverBroken})
 }

@@ -16,8 +16,10 @@ func (a *app) checkCommand() *cobra.Command {
 	c := inNamespaces(nsEnter, &cobra.Command{
 		Use: "check", Short: "Verify records, structure and the bytes of every layer and blob", Args: cobra.NoArgs,
 		Long: `Verify the records, the drivers' structure, the bytes of every committed layer
-against its tree digest, and the blobs of the images. Each finding is printed. The
-exit code is 1 if there was one that was not repaired.`,
+against its tree digest, what drivers keep layers in (a thin pool: its state, its
+metadata, by thin_check too where that is installed, and devices left in the
+kernel), and the blobs of the images. Each finding is printed. The exit code is 1
+if there was one that was not repaired.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return verbError(a.check(cmd.Context(), o), "check") },
 	})
 	c.Flags().BoolVar(&o.quick, "quick", false, "do not read the bytes")
@@ -76,11 +78,18 @@ func (a *app) checkSnapshots(ctx context.Context, o checkOptions) ([]checkRow, e
 		return nil, err
 	}
 	s := v.Store()
+	var notes []string
 	p := a.startSteps("check")
 	defer p.Stop()
 	found, err := s.Check(ctx, snapshot.CheckOptions{Quick: o.quick, Repair: o.repair, Progress: func(c snapshot.CheckProgress) {
 		p.Step(c.Object, int64(c.Done), int64(c.Total))
-	}})
+	}, Note: func(text string) { notes = append(notes, text) }})
+	p.Stop()
+	if !a.quiet {
+		for _, text := range notes {
+			a.note("check: %s", text)
+		}
+	}
 	rows := make([]checkRow, 0, len(found))
 	for _, f := range found {
 		rows = append(rows, checkRow{string(f.Problem), f.Object, f.Detail, f.Repaired, f.Done, f.Suggestion, f.String()})

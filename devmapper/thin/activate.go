@@ -54,7 +54,9 @@ func (c *Change) start(ctx context.Context, o Options) error {
 	if err := p.grow(); err != nil && !errdefs.IsResourceExhausted(err) {
 		return err
 	}
-	return p.healthy()
+	err = p.healthy()
+	p.sick = err != nil
+	return err
 }
 
 func (r *record) refuseUsedDevices() error {

@@ -57,7 +57,7 @@ func FuzzStatus(f *testing.F) {
 	f.Add("Fail")
 	f.Fuzz(func(t *testing.T, line string) {
 		if s, err := ParseStatus(line); err == nil {
-			_ = s.Explain("p", "m")
+			_ = s.Explain("p", "m", 16<<20)
 			_ = s.Mode.String()
 		} else if !errors.Is(err, syscall.EBADMSG) {
 			t.Error(err)
@@ -78,7 +78,7 @@ func FuzzSuperblock(f *testing.F) {
 
 // Each state that needs a person says what to do.
 func TestExplainSaysWhatToDo(t *testing.T) {
-	if err := (Status{MetadataTotal: 9}).Explain("p", "m"); err != nil {
+	if err := (Status{MetadataTotal: 9}).Explain("p", "m", 16<<20); err != nil {
 		t.Error(err)
 	}
 	for _, c := range []struct {
@@ -87,12 +87,12 @@ func TestExplainSaysWhatToDo(t *testing.T) {
 		words []string
 	}{
 		{Status{Mode: Failed}, errdefs.ErrDataLoss, []string{"thin_check m", "thin_repair -i m"}},
-		{Status{Mode: ReadOnly, NeedsCheck: true}, errdefs.ErrFailedPrecondition, []string{"needs a check", "--clear-needs-check-flag m"}},
+		{Status{Mode: ReadOnly, NeedsCheck: true}, errdefs.ErrFailedPrecondition, []string{"needs a check", "`thin_check m`", "`dmsetup remove p`", "--clear-needs-check-flag m`", "`fallocate -l 16777216 /", "thin_repair -i m -o /"}},
 		{Status{Mode: ReadOnly, NeedsCheck: true, MetadataUsed: 5, MetadataTotal: 5}, errdefs.ErrResourceExhausted, []string{"no space for metadata"}},
 		{Status{Mode: OutOfData, DataTotal: 3}, errdefs.ErrResourceExhausted, []string{"no free data block of its 3"}},
 		{Status{Mode: ReadOnly}, errdefs.ErrFailedPrecondition, []string{"read-only"}},
 	} {
-		err := c.s.Explain("p", "m")
+		err := c.s.Explain("p", "m", 16<<20)
 		if !errors.Is(err, c.is) {
 			t.Errorf("%+v: %v, want %v", c.s, err, c.is)
 		}

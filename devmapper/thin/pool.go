@@ -102,6 +102,7 @@ type Pool struct {
 	full atomic.Int64 // when the pool was last seen without a free block, in Unix seconds
 
 	opened bool // immutable once open: the pool's device is there, or was
+	sick   bool // set by an Open that found the pool active and of no use
 	users  *sys.Lock
 
 	stop    context.CancelFunc
@@ -125,6 +126,9 @@ func open(ctx context.Context, dir string, o Options) (*Pool, error) {
 	}
 	p := &Pool{dir: dir}
 	if err := p.open(ctx, o); err != nil {
+		if p.sick { // what repairs it wants it inactive
+			err = errors.Join(err, p.leave())
+		}
 		p.letGo()
 		return nil, err
 	}
@@ -257,7 +261,7 @@ func (p *Pool) Explain() error {
 	if err != nil {
 		return err
 	}
-	if err := s.Explain(p.name, p.MetadataPath()); err != nil || !p.rec.onFiles() {
+	if err := p.explain(s); err != nil || !p.rec.onFiles() {
 		return err
 	}
 	free, err := freeBytes(p.root)
@@ -265,6 +269,15 @@ func (p *Pool) Explain() error {
 		err = fmt.Errorf("the file system that pool %s has its files on (%s) is full: %w", p.name, p.dir, errdefs.ErrResourceExhausted)
 	}
 	return err
+}
+
+func (p *Pool) explain(s Status) error {
+	return s.Explain(p.name, p.MetadataPath(), sizeOf(p.MetadataPath()))
+}
+
+// RepairWords are the commands that mend the pool's metadata.
+func (p *Pool) RepairWords() string {
+	return RepairWords(p.name, p.MetadataPath(), sizeOf(p.MetadataPath()))
 }
 
 // ExplainWrite is Explain for a write to a thin device that was an error: it says, too,
@@ -291,7 +304,7 @@ func (p *Pool) Flush() error {
 func (p *Pool) healthy() error {
 	s, err := p.Status()
 	if err == nil && s.Mode != ReadWrite && s.Mode != OutOfData {
-		err = s.Explain(p.name, p.MetadataPath())
+		err = p.explain(s)
 	}
 	return err
 }

@@ -120,15 +120,15 @@ func fraction(s string) (used, total uint64, err error) {
 }
 
 // Explain returns what is wrong with the pool, in words, with what to do; nil if
-// nothing is. device is the pool's name, metadata what its metadata is on.
-func (s Status) Explain(device, metadata string) error {
-	repair := fmt.Sprintf("close every store on it, then `thin_check %s`; if that finds errors `thin_repair -i %s -o NEW` and put NEW in its place, "+
-		"else `thin_check --clear-needs-check-flag %s`", metadata, metadata, metadata)
+// nothing is. device is the pool's name, metadata what its metadata is on, which has
+// so many bytes.
+func (s Status) Explain(device, metadata string, bytes int64) error {
+	repair := RepairWords(device, metadata, bytes)
 	switch {
 	case s.Mode == Failed:
 		return fmt.Errorf("pool %s has failed, its metadata cannot be read or written: %w: %s", device, errdefs.ErrDataLoss, repair)
 	case s.MetadataTotal > 0 && s.MetadataUsed >= s.MetadataTotal:
-		return fmt.Errorf("pool %s has no space for metadata (%d blocks of 4 KiB): %w: remove layers, or make %s larger; if it stays read-only %s",
+		return fmt.Errorf("pool %s has no space for metadata (%d blocks of 4 KiB): %w: remove layers, or make %s larger (a file grows by itself where its file system has room); if it stays read-only %s",
 			device, s.MetadataTotal, errdefs.ErrResourceExhausted, metadata, repair)
 	case s.NeedsCheck:
 		return fmt.Errorf("pool %s needs a check of its metadata: %w: %s", device, errdefs.ErrFailedPrecondition, repair)
@@ -139,6 +139,18 @@ func (s Status) Explain(device, metadata string) error {
 	}
 	return nil
 }
+
+// RepairWords are the commands that mend a pool's metadata, which is on something of so many
+// bytes: a file of that size takes what thin_repair saves.
+func RepairWords(device, metadata string, bytes int64) string {
+	return fmt.Sprintf("unmount its layers and close every store on it, `dmsetup remove %s` if that is still there, then `thin_check %s`; "+
+		"if that finds nothing `thin_check --clear-needs-check-flag %s`, else `fallocate -l %d /var/tmp/metadata.new && "+
+		"thin_repair -i %s -o /var/tmp/metadata.new && dd if=/var/tmp/metadata.new of=%s bs=1M conv=notrunc,fsync && thin_check --clear-needs-check-flag %s` (package thin-provisioning-tools)",
+		device, metadata, metadata, max(bytes, leastRepair), metadata, metadata, metadata)
+}
+
+// leastRepair is what metadata has that cannot be opened.
+const leastRepair = 2 << 20
 
 // Usage is what a thin device says of itself.
 type Usage struct {
