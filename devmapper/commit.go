@@ -9,7 +9,6 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"github.com/layerctl/layerctl/devmapper/ext4"
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/roots"
@@ -43,7 +42,7 @@ func (d *driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOpti
 	if err := drivers.Step(ctx, "devmapper: commit: checked"); err != nil {
 		return none, err
 	}
-	err = d.settle(ctx, v, o.Volatile)
+	err = d.settle(ctx, l.fs, v, o.Volatile)
 	if errors.Is(err, errInUse) {
 		return d.commitOpen(ctx, r, l, v, o)
 	}
@@ -53,7 +52,7 @@ func (d *driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOpti
 	if err := drivers.Step(ctx, "devmapper: commit: flushed"); err != nil {
 		return none, err
 	}
-	u, err := d.measure(ctx, r, l.Thin)
+	u, err := d.measure(ctx, r, l.fs, l.Thin)
 	if err != nil {
 		return none, err
 	}
@@ -75,18 +74,18 @@ func (d *driver) replace(id drivers.ID, l *record) error {
 
 var errInUse = fmt.Errorf("somebody has it open: %w", errdefs.ErrFailedPrecondition)
 
-// settle leaves the file system of a device with an empty journal, on the pool unless
+// settle leaves the file system of a device with an empty log, on the pool unless
 // volatile, and takes the device away. errInUse if somebody has it open.
-func (d *driver) settle(ctx context.Context, v thin.Volume, volatile bool) error {
+func (d *driver) settle(ctx context.Context, fs *fileSystem, v thin.Volume, volatile bool) error {
 	if err := d.pool.Activate(ctx, v); err != nil {
 		return err
 	}
-	dirty, err := d.flushOwn(v, volatile)
-	if err == nil && dirty {
-		if err = d.replayJournal(ctx, v); err == nil {
-			dirty, err = d.flushOwn(v, volatile)
+	log, err := d.flushOwn(fs, v, volatile)
+	if err == nil && log != logEmpty {
+		if err = d.replayLog(ctx, fs, v); err == nil {
+			log, err = d.flushOwn(fs, v, volatile)
 		}
-		if err == nil && dirty {
+		if err == nil && log == logFull {
 			err = fmt.Errorf("the journal of %s is not empty after a mount: `e2fsck -f %s`: %w", v.Name, thin.Node(v.Name), errdefs.ErrDataLoss)
 		}
 	}
@@ -100,27 +99,27 @@ func (d *driver) settle(ctx context.Context, v thin.Volume, volatile bool) error
 	return err
 }
 
-// flushOwn flushes a device that nobody has mounted, and reports whether its journal
-// is to be replayed.
-func (d *driver) flushOwn(v thin.Volume, volatile bool) (dirty bool, err error) {
+// flushOwn flushes a device that nobody has mounted, and reports whether its log is
+// to be replayed.
+func (d *driver) flushOwn(fs *fileSystem, v thin.Volume, volatile bool) (logState, error) {
 	f, err := sys.Open(thin.Node(v.Name), sys.O_RDWR|sys.O_EXCL, 0)
 	if errors.Is(err, syscall.EBUSY) {
-		return false, errInUse
+		return logUnknown, errInUse
 	}
 	if err != nil {
-		return false, err
+		return logUnknown, err
 	}
 	defer f.Close()
-	s, err := ext4.Identify(f)
+	i, err := fs.identify(f)
 	if err == nil && !volatile {
 		err = f.Sync()
 	}
-	return s.Dirty, err
+	return i.log, err
 }
 
-// replayJournal has the kernel do it.
-func (d *driver) replayJournal(ctx context.Context, v thin.Volume) error {
-	t, err := mount.Detached(ctx, []mount.Mount{d.template.mount(v, drivers.MountOptions{})})
+// replayLog has the kernel do it.
+func (d *driver) replayLog(ctx context.Context, fs *fileSystem, v thin.Volume) error {
+	t, err := mount.Detached(ctx, []mount.Mount{fs.mount(v, drivers.MountOptions{})})
 	if errors.Is(err, syscall.EBUSY) {
 		return errInUse
 	}
@@ -157,9 +156,9 @@ func (d *driver) commitSnapshot(ctx context.Context, r drivers.Ref, l *record, v
 	if err := drivers.Step(ctx, "devmapper: commit: snapshot made"); err != nil {
 		return none, err
 	}
-	mine := d.private(t.id, false)
+	mine := d.private(t.id, l.Sectors, false)
 	for end := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
-		err := d.settle(ctx, mine, o.Volatile)
+		err := d.settle(ctx, l.fs, mine, o.Volatile)
 		if err == nil {
 			break
 		}
@@ -167,7 +166,7 @@ func (d *driver) commitSnapshot(ctx context.Context, r drivers.Ref, l *record, v
 			return none, err
 		}
 	}
-	u, err := d.measure(ctx, r, t.id)
+	u, err := d.measure(ctx, r, l.fs, t.id)
 	if err != nil {
 		return none, err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -71,7 +72,8 @@ func (d *driver) planCreate(r drivers.Ref, o drivers.CreateOptions) (*record, ui
 	case !o.IDMap.IsZero() && !d.caps.IDMap:
 		return nil, 0, fmt.Errorf("no id-mapped mounts of %s here: %w", d.template.FS, errdefs.ErrInvalidArgument)
 	}
-	l := &record{Kind: writable, Sectors: d.template.sectors(), FS: d.template.FS, UUID: d.template.UUID, Parents: idStrings(r.Parents)}
+	t := &d.template
+	l := &record{Kind: writable, Sectors: t.sectors(), FS: t.FS, UUID: t.UUID, Parents: idStrings(r.Parents)}
 	if !o.IDMap.IsZero() {
 		l.IDMap = &o.IDMap
 	}
@@ -80,14 +82,14 @@ func (d *driver) planCreate(r drivers.Ref, o drivers.CreateOptions) (*record, ui
 		l.Kind, l.Shared = view, !own
 	}
 	if len(r.Parents) == 0 {
-		return l, d.template.Thin, nil
+		return l, t.Thin, l.known()
 	}
 	p, err := d.parent(r)
 	if err != nil {
 		return nil, 0, err
 	}
-	l.Sectors = p.Sectors
-	return l, p.Thin, nil
+	l.Sectors, l.FS, l.UUID = p.Sectors, p.FS, p.UUID
+	return l, p.Thin, l.known()
 }
 
 // rootOwner is the owner that an empty layer's root is to have; false if it is that of
@@ -159,9 +161,9 @@ func (d *driver) snapshot(ctx context.Context, c *thin.Change, id drivers.ID, l 
 // setRootOwner gives an empty layer's root its owner: the one case in which Create
 // mounts.
 func (d *driver) setRootOwner(ctx context.Context, l *record, owner drivers.Owner) error {
-	v := d.private(l.Thin, false)
+	v := d.private(l.Thin, l.Sectors, false)
 	return d.shown(ctx, v, func() error {
-		t, err := mount.Detached(ctx, []mount.Mount{d.template.mount(v, drivers.MountOptions{})})
+		t, err := mount.Detached(ctx, []mount.Mount{l.fs.mount(v, drivers.MountOptions{})})
 		if err != nil {
 			return err
 		}
@@ -235,8 +237,12 @@ func (d *driver) deleteThin(c *thin.Change, id drivers.ID, l *record) error {
 
 // othersWith reports whether another layer has, or may have, a thin id.
 func (d *driver) othersWith(thinID uint32, but drivers.ID) (bool, error) {
-	others := d.template.Thin == thinID
-	err := d.records(func(id drivers.ID, r *record, err error) error {
+	ts, err := d.templates()
+	if err != nil {
+		return false, err
+	}
+	others := slices.ContainsFunc(ts, func(t template) bool { return t.Thin == thinID })
+	err = d.records(func(id drivers.ID, r *record, err error) error {
 		if id != but && (err != nil || r.Thin == thinID) { // one that cannot be read may have it
 			others = true
 		}

@@ -21,7 +21,7 @@ import (
 var errStop = errors.New("stopped")
 
 // Diff compares the names that the changed blocks of the two devices lead to; where that
-// cannot be told it walks both trees. Each is in a mount of its own, which nobody else
+// cannot be told (xfs, always) it walks both trees. Each is in a mount of its own, which nobody else
 // sees.
 func (d *driver) Diff(ctx context.Context, from, to drivers.Ref) iter.Seq2[layer.Change, error] {
 	return func(yield func(layer.Change, error) bool) {
@@ -36,7 +36,7 @@ func (d *driver) diff(ctx context.Context, from, to drivers.Ref, yield func(laye
 	return d.lookAt(ctx, from, func(below seen) error {
 		return d.lookAt(ctx, to, func(tree seen) error {
 			var o layer.DiffOptions
-			if from.ID != 0 {
+			if from.ID != 0 && below.fs.byBlocks && tree.fs.byBlocks {
 				c, err := d.candidates(ctx, below.volume, tree.volume)
 				if err != nil && !errors.Is(err, ext4.ErrCannotTell) && !errdefs.IsUnavailable(err) {
 					return err
@@ -96,6 +96,7 @@ func (d *driver) delta(ctx context.Context, from, to uint32) (ranges []ext4.Rang
 type seen struct {
 	path   string // "" is nothing
 	volume thin.Volume
+	fs     *fileSystem
 }
 
 // lookAt calls f with a path to what a layer shows now.
@@ -111,14 +112,14 @@ func (d *driver) lookAt(ctx context.Context, r drivers.Ref, f func(s seen) error
 		return err
 	}
 	if l.Kind != writable {
-		return d.mounted(ctx, d.private(l.Thin, true), f)
+		return d.mounted(ctx, l.fs, d.private(l.Thin, l.Sectors, true), f)
 	}
 	// A file system that is mounted for writing cannot be mounted read-only beside it.
 	t, err := d.snapshotOf(ctx, r.ID, l)
 	if err != nil {
 		return err
 	}
-	err = d.mounted(ctx, d.private(t.id, false), f)
+	err = d.mounted(ctx, l.fs, d.private(t.id, l.Sectors, false), f)
 	dropErr := d.pool.Exclusive(context.WithoutCancel(ctx), func(c *thin.Change) error { return d.drop(c, t) })
 	if err == nil {
 		err = dropErr
@@ -128,13 +129,13 @@ func (d *driver) lookAt(ctx context.Context, r drivers.Ref, f func(s seen) error
 
 // mounted calls f with a read-only mount of a private device. One that may be written
 // to has its journal replayed.
-func (d *driver) mounted(ctx context.Context, v thin.Volume, f func(s seen) error) error {
+func (d *driver) mounted(ctx context.Context, fs *fileSystem, v thin.Volume, f func(s seen) error) error {
 	return d.shown(ctx, v, func() error {
-		t, err := mount.Detached(ctx, []mount.Mount{d.template.mount(v, drivers.MountOptions{ReadOnly: true})})
+		t, err := mount.Detached(ctx, []mount.Mount{fs.mount(v, drivers.MountOptions{ReadOnly: true})})
 		if err != nil {
 			return err
 		}
-		err = f(seen{t.Path(), v})
+		err = f(seen{t.Path(), v, fs})
 		return errors.Join(err, t.Close())
 	})
 }

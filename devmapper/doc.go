@@ -1,12 +1,13 @@
 // Package devmapper keeps each layer as a thin device of a device-mapper thin pool
-// with a file system on it: a snapshot of its parent's device. Nothing is stacked
+// with ext4 or xfs on it: a snapshot of its parent's device. Nothing is stacked
 // when it is mounted, and the kernel copies blocks, not files. The pool is on sparse
 // files below the driver's root, which grow, or on devices.
 //
 // # On disk
 //
 //	ROOT/pool.json, data, metadata, lock, users  the pool (package thin)
-//	ROOT/template.json  the empty file system that layers without parent begin as
+//	ROOT/template.json  the empty ext4 that layers without parent begin as
+//	ROOT/template-xfs.json  the same of an xfs
 //	ROOT/l/ID           the record of a layer
 //	ROOT/new/ID         that of a layer being made; renamed to l/ID when it is whole
 //	ROOT/del/ID         that of a layer being removed

@@ -30,7 +30,7 @@ type driver struct {
 	root     string
 	dir      *sys.Fd // of root
 	pool     *thin.Pool
-	template template
+	template template // of layers without parent; immutable once open
 	caps     drivers.Capabilities
 
 	used  map[uint32]bool // guarded by the pool's Exclusive: ids in use; nil: not known
@@ -104,7 +104,7 @@ func (d *driver) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o laye
 	if err := d.pool.Activate(ctx, v); err != nil {
 		return err
 	}
-	t, err := mount.Detached(ctx, []mount.Mount{d.template.mount(v, drivers.MountOptions{Volatile: o.Volatile})})
+	t, err := mount.Detached(ctx, []mount.Mount{l.fs.mount(v, drivers.MountOptions{Volatile: o.Volatile})})
 	if err != nil {
 		return err
 	}

@@ -31,6 +31,20 @@ func TestDriver(t *testing.T) {
 	})
 }
 
+// TestDriverWithXFS is the same with xfs in the layers: `make test-vm` leaves what takes
+// long out.
+func TestDriverWithXFS(t *testing.T) {
+	needsDM(t)
+	drivertest.Run(t, drivertest.Config{
+		Factory: Factory(),
+		Options: map[string]string{"filesystem": "xfs", "size": "1GiB"},
+		FS:      []string{"ext4"},
+		Must:    []string{"Diff", "Apply", "IDMap", "UsageBytes"}, RootOnly: true,
+		Flushes: true,
+		Disk:    256 << 20, // mkfs.xfs writes a log of zeros
+	})
+}
+
 func BenchmarkDriver(b *testing.B) {
 	needsDM(b)
 	drivertest.Bench(b, drivertest.Config{Factory: Factory(), FS: []string{"ext4"}})

@@ -228,7 +228,14 @@ func (d *driver) owners(e *examination, devices []metadata.Device, whole metadat
 	for _, c := range whole.Devices {
 		ends[c.Device] = c.End
 	}
-	owners = map[uint32][]string{d.template.Thin: {"the template"}}
+	ts, err := d.templates()
+	if err != nil {
+		return nil, nil, err
+	}
+	owners = map[uint32][]string{}
+	for _, t := range ts {
+		owners[t.Thin] = append(owners[t.Thin], "the template of "+t.FS)
+	}
 	err = d.records(func(id drivers.ID, r *record, err error) error {
 		if errdefs.IsDataLoss(err) {
 			unreadable = append(unreadable, "layer "+id.String())

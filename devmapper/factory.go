@@ -32,7 +32,8 @@ func Factory() drivers.Factory {
 }
 
 var optionTable = []drivers.Option{
-	{Name: "size", Default: "10GiB", Help: "of each layer's file system: what its tree can hold. For a new pool"},
+	{Name: "filesystem", Default: "ext4, or what the pool has", Help: "of layers without parent: ext4 or xfs. A pool may hold both"},
+	{Name: "size", Default: "10GiB", Help: "of each layer's file system: what its tree can hold. For the first layers with a file system"},
 	{Name: "data", Help: "block device for data; with metadata. Without them the pool is on sparse files in the driver's directory, which grow: " +
 		"easy, and slower than devices. For a new pool"},
 	{Name: "metadata", Help: "block device for the pool's metadata"},
@@ -43,17 +44,26 @@ var optionTable = []drivers.Option{
 
 // options are a driver's, understood.
 type options struct {
+	fs   string // "" is what the pool has
 	size int64
 	pool thin.Options
 }
 
-const defaultSize = 10 << 30
+const (
+	defaultSize = 10 << 30
+	mostBytes   = 16 << 40
+)
 
 func parseOptions(m map[string]string) (options, error) {
 	o := options{}
 	if err := drivers.CheckOptions(optionTable, m); err != nil {
 		return o, err
 	}
+	f, err := knownFS(m["filesystem"])
+	if err != nil {
+		return o, fmt.Errorf("option filesystem: %w", err)
+	}
+	o.fs = m["filesystem"]
 	o.pool.Data, o.pool.Metadata, o.pool.Full = m["data"], m["metadata"], thin.Policy(m["full"])
 	for name, to := range map[string]*int64{"size": &o.size, "data-size": &o.pool.DataBytes, "block": &o.pool.BlockBytes} {
 		if m[name] == "" {
@@ -65,9 +75,8 @@ func parseOptions(m map[string]string) (options, error) {
 		}
 		*to = n
 	}
-	const least, most = 16 << 20, 16 << 40
-	if o.size != 0 && (o.size < least || o.size > most) {
-		return o, fmt.Errorf("option size=%d: a file system has 16 MiB to 16 TiB: %w", o.size, errdefs.ErrInvalidArgument)
+	if o.size != 0 && (o.size < f.least || o.size > mostBytes) {
+		return o, fmt.Errorf("option size=%d: a file system of kind %s has %d MiB to 16 TiB: %w", o.size, f.name, f.least>>20, errdefs.ErrInvalidArgument)
 	}
 	return o, nil
 }
@@ -89,28 +98,29 @@ func parseBytes(s string) (int64, error) {
 
 // agree refuses another size than the template has.
 func (o *options) agree(t *template) error {
-	if t.Bytes == 0 || t.FS != "ext4" {
-		return fmt.Errorf("%s: file system %q of %d bytes: %w", templateFile, t.FS, t.Bytes, errdefs.ErrDataLoss)
-	}
 	if o.size != 0 && o.size != t.Bytes {
-		return fmt.Errorf("layers here have %d bytes, not %d: the size is chosen when a pool is made: %w", t.Bytes, o.size, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("layers with %s here have %d bytes, not %d: the size is chosen when the first is made: %w", t.FS, t.Bytes, o.size, errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }
 
-// Probe asks the kernel and looks for mke2fs; it makes no pool.
+// Probe asks the kernel and looks for the programs that make file systems; it makes no pool.
 func Probe(_ context.Context, dir string) drivers.Probe {
 	if _, err := os.Stat(dir); err != nil {
 		return drivers.Probe{Works: kprobe.Unknown, Reason: err.Error()}
 	}
+	const needed = 2 // the index of the last one: that of the default file system
 	features := []kprobe.Result{
 		kept("thin-pool", thin.Probe()),
 		kept("loop device", tryLoop()),
-		kept(mkfsTool, func() error { _, err := mke2fs(); return err }()),
+	}
+	for _, f := range fileSystems {
+		_, err := f.find()
+		features = append(features, kept(f.program, err))
 	}
 	p := drivers.Probe{Works: kprobe.Yes, Features: features, Reason: "thin pool on sparse files, or on devices by options; never the default: ask for it by name"}
-	for _, f := range features {
-		if f.Answer != kprobe.Yes {
+	for i, f := range features {
+		if f.Answer != kprobe.Yes && i <= needed {
 			return drivers.Probe{Works: kprobe.No, Reason: f.Detail, Features: features}
 		}
 	}
@@ -230,10 +240,14 @@ func (d *driver) resumeIfLeft(name string) error {
 // the file system, and whether it maps ids.
 func (d *driver) tryTemplate(ctx context.Context) (idMap bool, err error) {
 	one := []drivers.IDRange{{ContainerID: 0, HostID: 100000, Size: 1}}
-	v := d.private(d.template.Thin, true)
+	f, err := knownFS(d.template.FS)
+	if err != nil {
+		return false, err
+	}
+	v := d.private(d.template.Thin, d.template.sectors(), true)
 	err = d.shown(ctx, v, func() error {
 		for _, o := range []drivers.MountOptions{{IDMap: drivers.IDMap{UIDs: one, GIDs: one}}, {}} {
-			t, err := mount.Detached(ctx, []mount.Mount{d.template.mount(v, o)})
+			t, err := mount.Detached(ctx, []mount.Mount{f.mount(v, o)})
 			if err == nil {
 				idMap = !o.IDMap.IsZero()
 				return t.Close()

@@ -40,7 +40,7 @@ func (d *driver) mounts(ctx context.Context, id drivers.ID, o drivers.MountOptio
 		return nil, err
 	}
 	d.dropIdle(ctx)
-	return []mount.Mount{d.template.mount(v, o)}, nil
+	return []mount.Mount{l.fs.mount(v, o)}, nil
 }
 
 // A device that nobody has open goes when no Mounts has named it for idleAfter. The

@@ -21,9 +21,9 @@ import (
 // private is a device of our own on a thin device that may be shown elsewhere, too: its
 // name is no layer's, and nobody else takes it away while the process that it names is
 // alive.
-func (d *driver) private(id uint32, readOnly bool) thin.Volume {
+func (d *driver) private(id uint32, sectors uint64, readOnly bool) thin.Volume {
 	name := fmt.Sprintf("%s.%s-%d-%d", d.deviceName(0, id), pidNamespace(), os.Getpid(), d.temps.Add(1))
-	return thin.Volume{Name: name, ID: id, Sectors: d.template.sectors(), ReadOnly: readOnly}
+	return thin.Volume{Name: name, ID: id, Sectors: sectors, ReadOnly: readOnly}
 }
 
 // pidNamespace is the number of the namespace that our process id is of, "0" if that is
@@ -166,10 +166,17 @@ func (d *driver) sweepTemps(c *thin.Change) error {
 	return nil
 }
 
-// layerThins are the ids that layers have, and the template.
+// layerThins are the ids that layers have, and the templates.
 func (d *driver) layerThins() (map[uint32]bool, error) {
-	ids := map[uint32]bool{d.template.Thin: true}
-	err := d.records(func(_ drivers.ID, r *record, err error) error {
+	ts, err := d.templates()
+	if err != nil {
+		return nil, err
+	}
+	ids := map[uint32]bool{}
+	for _, t := range ts {
+		ids[t.Thin] = true
+	}
+	err = d.records(func(_ drivers.ID, r *record, err error) error {
 		if err == nil {
 			ids[r.Thin] = true
 		}

@@ -17,11 +17,8 @@ import (
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
-// The names of a root, see the package doc.
-const (
-	tempDir      = "tmp"
-	templateFile = "template.json"
-)
+// tempDir is a name of a root, see the package doc.
+const tempDir = "tmp"
 
 // kind is what a layer is.
 type kind string
@@ -47,11 +44,22 @@ type record struct {
 	Parents []string       `json:"parents,omitempty"` // as Create was told, nearest first
 	IDMap   *drivers.IDMap `json:"idmap,omitempty"`
 	Usage   *drivers.Usage `json:"usage,omitempty"` // of a committed layer
+
+	fs *fileSystem // of that name, once known
+}
+
+// known finds what is particular to the layer's file system.
+func (r *record) known() (err error) {
+	r.fs, err = knownFS(r.FS)
+	return err
 }
 
 // layer reads a layer's record.
 func (d *driver) layer(id drivers.ID) (*record, error) {
 	r, err := d.read(roots.Layers, id)
+	if err == nil {
+		err = r.known()
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -215,11 +223,15 @@ func (d *driver) records(do func(drivers.ID, *record, error) error) error {
 
 // usedIDs reads every record. What one that cannot be read named takeID finds.
 func (d *driver) usedIDs() (map[uint32]bool, error) {
-	used := map[uint32]bool{}
-	if d.template.Bytes != 0 {
-		used[d.template.Thin] = true
+	ts, err := d.templates()
+	if err != nil {
+		return nil, err
 	}
-	err := d.records(func(_ drivers.ID, r *record, err error) error {
+	used := map[uint32]bool{}
+	for _, t := range ts {
+		used[t.Thin] = true
+	}
+	err = d.records(func(_ drivers.ID, r *record, err error) error {
 		if errdefs.IsDataLoss(err) {
 			return nil
 		}

@@ -86,7 +86,7 @@ func (d *driver) worthDiscard(l *record) bool {
 // discard gives the blocks that are the layer's alone back to that
 // file system, as far as that can be done.
 func (d *driver) discard(ctx context.Context, l *record) {
-	v := d.private(l.Thin, false)
+	v := d.private(l.Thin, l.Sectors, false)
 	_ = d.shown(ctx, v, func() error {
 		f, err := sys.Open(thin.Node(v.Name), sys.O_RDWR, 0)
 		if err != nil {

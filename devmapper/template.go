@@ -4,14 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os/exec"
 	"strings"
 	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 
-	"github.com/layerctl/layerctl/devmapper/ext4"
 	"github.com/layerctl/layerctl/devmapper/thin"
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -19,7 +17,8 @@ import (
 )
 
 // template is the empty file system that every layer without parent begins as, in
-// template.json. Immutable once the driver is open.
+// template.json. Immutable once made. A root has one for each kind of file system that
+// it was opened with.
 type template struct {
 	FS    string `json:"fs"`
 	Bytes int64  `json:"bytes"`
@@ -30,42 +29,66 @@ type template struct {
 
 func (t *template) sectors() uint64 { return uint64(t.Bytes / 512) }
 
-// mkfsArgs make a small file system: thin devices read as zeros where nothing was
-// written, so that no inode table needs to be, neither now nor by the kernel later;
-// a short journal, as each layer comes to have its own copy; and features that every
-// kernel since 5.10 knows.
-var mkfsArgs = []string{"-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-J", "size=16", "-O", "^orphan_file,^metadata_csum_seed",
-	"-E", "assume_storage_prezeroed=1,lazy_itable_init=1,packed_meta_blocks=1,nodiscard,root_owner=0:0"}
-
-const mkfsTool = "mke2fs"
-
-// mke2fs finds the program, in sbin directories too.
-func mke2fs() (string, error) {
-	for _, name := range []string{mkfsTool, "/usr/sbin/" + mkfsTool, "/sbin/" + mkfsTool} {
-		if p, err := exec.LookPath(name); err == nil {
-			return p, nil
-		}
+// templateFile is where the template of a kind stands.
+func (f *fileSystem) templateFile() string {
+	if f == fileSystems[0] {
+		return "template.json"
 	}
-	return "", fmt.Errorf("no %s in PATH (package e2fsprogs, 1.47 or newer): %w", mkfsTool, errdefs.ErrUnavailable)
+	return "template-" + f.name + ".json"
 }
 
-// openTemplate reads template.json, or makes the template.
-func (d *driver) openTemplate(ctx context.Context, o options) error {
-	err := thin.ReadJSON(d.dir, templateFile, &d.template)
-	if err == nil {
-		return o.agree(&d.template)
+// readTemplate reads one; ENOENT if there is none.
+func (d *driver) readTemplate(f *fileSystem) (t template, err error) {
+	if err := thin.ReadJSON(d.dir, f.templateFile(), &t); err != nil {
+		return t, err
 	}
-	if !errors.Is(err, syscall.ENOENT) {
+	if t.Bytes == 0 || t.FS != f.name {
+		return t, fmt.Errorf("%s: file system %q of %d bytes: %w", f.templateFile(), t.FS, t.Bytes, errdefs.ErrDataLoss)
+	}
+	return t, nil
+}
+
+// templates reads all that there are: another process may have made one meanwhile.
+func (d *driver) templates() (ts []template, err error) {
+	for _, f := range fileSystems {
+		t, err := d.readTemplate(f)
+		if errors.Is(err, syscall.ENOENT) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		ts = append(ts, t)
+	}
+	return ts, nil
+}
+
+// openTemplate reads the one of the kind that is asked for, or of the first kind that
+// there is one of; or makes it.
+func (d *driver) openTemplate(ctx context.Context, o options) error {
+	ts, err := d.templates()
+	if err != nil {
 		return err
+	}
+	for _, t := range ts {
+		if o.fs == "" || o.fs == t.FS {
+			d.template = t
+			return o.agree(&t)
+		}
 	}
 	return d.makeTemplate(ctx, o)
 }
 
 // makeTemplate makes it under the pool's lock: others that open the root wait for it.
 func (d *driver) makeTemplate(ctx context.Context, o options) error {
+	f, err := knownFS(o.fs)
+	if err != nil {
+		return err
+	}
 	return d.pool.Exclusive(ctx, func(c *thin.Change) error {
-		if err := thin.ReadJSON(d.dir, templateFile, &d.template); err == nil {
-			return o.agree(&d.template) // another was quicker
+		if t, err := d.readTemplate(f); err == nil {
+			d.template = t
+			return o.agree(&t) // another was quicker
 		}
 		id, err := d.freeID(c)
 		if err != nil {
@@ -74,7 +97,7 @@ func (d *driver) makeTemplate(ctx context.Context, o options) error {
 		if o.size == 0 {
 			o.size = defaultSize
 		}
-		t := template{FS: "ext4", Bytes: o.size / d.pool.BlockBytes() * d.pool.BlockBytes(), Thin: id, Tool: mkfsTool + " " + strings.Join(mkfsArgs, " ")}
+		t := template{FS: f.name, Bytes: o.size / d.pool.BlockBytes() * d.pool.BlockBytes(), Thin: id, Tool: f.program + " " + strings.Join(f.args, " ")}
 		v := thin.Volume{Name: d.deviceName(0, id), ID: id, Sectors: t.sectors()}
 		if err := c.Deactivate(v.Name); err != nil { // of an Open that died
 			return err
@@ -88,7 +111,7 @@ func (d *driver) makeTemplate(ctx context.Context, o options) error {
 		if err := c.Activate(ctx, v); err != nil {
 			return err
 		}
-		err = t.make(ctx, v)
+		err = t.make(ctx, f, v)
 		if dropErr := deactivateSoon(c, v.Name); err == nil {
 			err = dropErr
 		}
@@ -98,7 +121,7 @@ func (d *driver) makeTemplate(ctx context.Context, o options) error {
 		if err := drivers.Step(ctx, "devmapper: open: template made"); err != nil {
 			return err
 		}
-		if err := thin.WriteJSON(d.dir, templateFile, &t); err != nil {
+		if err := thin.WriteJSON(d.dir, f.templateFile(), &t); err != nil {
 			return err
 		}
 		d.template, d.used[id] = t, true
@@ -117,16 +140,11 @@ func deactivateSoon(c *thin.Change, name string) (err error) {
 }
 
 // make makes the file system and takes lost+found away, once for all layers.
-func (t *template) make(ctx context.Context, v thin.Volume) error {
-	program, err := mke2fs()
-	if err != nil {
+func (t *template) make(ctx context.Context, f *fileSystem, v thin.Volume) error {
+	if err := f.make(ctx, v); err != nil {
 		return err
 	}
-	out, err := exec.CommandContext(ctx, program, append(append([]string(nil), mkfsArgs...), thin.Node(v.Name))...).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("%s (1.47 or newer is needed): %w: %s", program, err, strings.TrimSpace(string(out)))
-	}
-	m, err := mount.Detached(ctx, []mount.Mount{t.mount(v, drivers.MountOptions{})})
+	m, err := mount.Detached(ctx, []mount.Mount{f.mount(v, drivers.MountOptions{})})
 	if err != nil {
 		return err
 	}
@@ -135,7 +153,7 @@ func (t *template) make(ctx context.Context, v thin.Volume) error {
 	if err != nil {
 		return err
 	}
-	if err := root.Unlink("lost+found", sys.AT_REMOVEDIR); err != nil {
+	if err := root.Unlink("lost+found", sys.AT_REMOVEDIR); err != nil && !errors.Is(err, syscall.ENOENT) {
 		root.Close()
 		return err
 	}
@@ -145,7 +163,7 @@ func (t *template) make(ctx context.Context, v thin.Volume) error {
 		err = m.Close()
 	}
 	if err == nil {
-		t.UUID, err = t.flush(v)
+		t.UUID, err = t.flush(f, v)
 	}
 	return err
 }
@@ -164,33 +182,15 @@ func emptyRoot(root *sys.Fd, owner drivers.Owner) error {
 
 // flush has everything on the pool that was written to a device that is not mounted,
 // and returns the file system's UUID.
-func (t *template) flush(v thin.Volume) (string, error) {
-	f, err := sys.Open(thin.Node(v.Name), sys.O_RDONLY, 0)
+func (t *template) flush(f *fileSystem, v thin.Volume) (string, error) {
+	dev, err := sys.Open(thin.Node(v.Name), sys.O_RDONLY, 0)
 	if err != nil {
 		return "", err
 	}
-	defer f.Close()
-	s, err := ext4.Identify(f)
+	defer dev.Close()
+	i, err := f.identify(dev)
 	if err == nil {
-		err = f.Sync()
+		err = dev.Sync()
 	}
-	return s.UUID, err
-}
-
-// mount is pure: the plan of a mount of a device.
-func (t *template) mount(v thin.Volume, o drivers.MountOptions) mount.Mount {
-	m := mount.Mount{Type: t.FS, Source: thin.Node(v.Name)}
-	switch {
-	case v.ReadOnly: // a clean journal, which must not be looked at, or the mount fails
-		m.Options = []string{"ro", "noload"}
-	case o.ReadOnly:
-		m.Options = []string{"ro"}
-	default: // what is deleted goes back to the pool
-		m.Options = []string{"rw", "discard"}
-		if o.Volatile {
-			m.Options = append(m.Options, "nobarrier")
-		}
-	}
-	m.Options = append(m.Options, o.IDMap.MountOptions()...)
-	return m
+	return i.uuid, err
 }

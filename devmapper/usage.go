@@ -27,18 +27,24 @@ func (d *driver) usage(ctx context.Context, r drivers.Ref) (drivers.Usage, error
 	case l.Shared:
 		return drivers.Usage{Inodes: -1}, nil
 	}
-	return d.measure(ctx, r, l.Thin)
+	return d.measure(ctx, r, l.fs, l.Thin)
 }
 
 // measure counts the blocks of a thin device that its parent's has not.
-func (d *driver) measure(ctx context.Context, r drivers.Ref, thinID uint32) (u drivers.Usage, err error) {
-	below := d.template.Thin
+func (d *driver) measure(ctx context.Context, r drivers.Ref, f *fileSystem, thinID uint32) (u drivers.Usage, err error) {
+	var below uint32
 	if len(r.Parents) > 0 {
 		p, err := d.parent(r)
 		if err != nil {
 			return u, err
 		}
 		below = p.Thin
+	} else {
+		t, err := d.readTemplate(f)
+		if err != nil {
+			return u, err
+		}
+		below = t.Thin
 	}
 	if err := d.pool.Flush(); err != nil { // what the kernel has in memory counts, too
 		return u, err

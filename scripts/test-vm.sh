@@ -27,8 +27,10 @@ if dmsetup version >/dev/null 2>&1; then # the node alone says nothing
 	echo "== ./devmapper/... on this machine"
 	LAYERCTL_EXPECT_DM=1 scripts/gotest.sh -exec env ./devmapper/...
 fi
-in_guest new -skip 'TestDriver/ext4/a_deep_stack|TestContainerdSuite/128Layers' ./devmapper/...
+# of xfs in the layers what differs from ext4: mounts, logs, power cuts, users at commit
+same='exact_[^A]|stack|random|lists|a_crash_at|the_context|create|an_error|many_IDs|two_open|errors|capab|probe'
+in_guest new -skip "TestDriver/ext4/a_deep_stack|TestContainerdSuite/128Layers|TestDriverWithXFS/ext4/($same)" ./devmapper/...
 in_guest new -run 'TestQuota$' ./overlay
 in_guest stable -run 'TestQuota$' ./overlay
 in_guest stable ./mount ./devmapper/dm ./devmapper/thin ./devmapper/metadata
-in_guest stable -short -run 'TestDriver/.*/(new_layer|child|commit|remove|view|containerd|closed|two_open|usage)' ./devmapper
+in_guest stable -short -run 'TestDriver$/.*/(new_layer|child|commit|remove|view|containerd|closed|two_open|usage)' ./devmapper

@@ -128,8 +128,8 @@ func xattrs(d *sys.Fd, name string) (string, error) {
 	slices.Sort(names)
 	var b strings.Builder
 	for _, n := range names {
-		if strings.HasPrefix(n, "trusted.overlay.") || strings.HasPrefix(n, "user.overlay.") {
-			continue // a driver's own; no layer carries them
+		if strings.HasPrefix(n, "trusted.overlay.") || strings.HasPrefix(n, "user.overlay.") || strings.HasPrefix(n, "trusted.SGI_ACL_") {
+			continue // a driver's own, XFS's second names of ACLs; no layer carries them
 		}
 		v, err := d.Getxattr(name, n)
 		if err != nil {

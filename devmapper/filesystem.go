@@ -1,0 +1,208 @@
+package devmapper
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"slices"
+	"strings"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/devmapper/ext4"
+	"github.com/layerctl/layerctl/devmapper/thin"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/mount"
+)
+
+// fileSystem is what is particular to one kind of file system in the layers. A layer's
+// is its parent's, being a snapshot of it.
+type fileSystem struct {
+	name  string
+	least int64 // bytes, of the smallest one
+
+	program, from string   // makes one, and the package that has it
+	args          []string // of the program, before the device
+
+	every    []string // options of every mount
+	clean    []string // of one that must not look at the log: the device cannot be written to
+	writable []string
+	volatile []string // of a writable one whose content may be lost
+
+	// identify reads the superblock of one that is not mounted; ErrDataLoss if there
+	// is none.
+	identify func(io.ReaderAt) (identity, error)
+	// trim gives back blocks that the program has filled with zeros. May be nil.
+	trim func(dev *sys.Fd) error
+	// byBlocks: package ext4 understands it.
+	byBlocks bool
+}
+
+// identity is what a superblock tells.
+type identity struct {
+	uuid string
+	log  logState
+}
+
+// logState is whether a log, or journal, holds what is nowhere else yet.
+type logState int
+
+const (
+	logUnknown logState = iota // a mount tells, and leaves it empty
+	logEmpty
+	logFull
+)
+
+// fileSystems are those that there are, the default first.
+var fileSystems = []*fileSystem{
+	{
+		name: "ext4", least: 16 << 20,
+		program: "mke2fs", from: "e2fsprogs, 1.47 or newer", args: ext4Args,
+		clean: []string{"noload"}, writable: []string{"discard"}, volatile: []string{"nobarrier"},
+		identify: identifyExt4, byBlocks: true,
+	},
+	{
+		name: "xfs", least: 300 << 20,
+		program: "mkfs.xfs", from: "xfsprogs", args: xfsArgs,
+		every: []string{"nouuid"}, clean: []string{"norecovery"}, writable: []string{"discard"},
+		identify: identifyXFS, trim: trimXFS,
+	},
+}
+
+// ext4Args make a small file system: thin devices read as zeros where nothing was
+// written, so that no inode table needs to be, neither now nor by the kernel later;
+// a short journal, as each layer comes to have its own copy; and features that every
+// kernel since 5.10 knows.
+var ext4Args = []string{"-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-J", "size=16", "-O", "^orphan_file,^metadata_csum_seed",
+	"-E", "assume_storage_prezeroed=1,lazy_itable_init=1,packed_meta_blocks=1,nodiscard,root_owner=0:0"}
+
+// xfsArgs leave the size of the pool's blocks alone: it would be the unit of each write
+// to the log.
+var xfsArgs = []string{"-q", "-f", "-K", "-d", "noalign", "-m", "crc=1"}
+
+// knownFS is the file system of a name, the default for none.
+func knownFS(name string) (*fileSystem, error) {
+	if name == "" {
+		return fileSystems[0], nil
+	}
+	i := slices.IndexFunc(fileSystems, func(f *fileSystem) bool { return f.name == name })
+	if i < 0 {
+		return nil, fmt.Errorf("file system %q: layers have one of %s: %w", name, fsNames(), errdefs.ErrInvalidArgument)
+	}
+	return fileSystems[i], nil
+}
+
+func fsNames() string {
+	var names []string
+	for _, f := range fileSystems {
+		names = append(names, f.name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// find finds the program, in sbin directories too.
+func (f *fileSystem) find() (string, error) {
+	for _, dir := range []string{"", "/usr/sbin/", "/sbin/"} {
+		if p, err := exec.LookPath(dir + f.program); err == nil {
+			return p, nil
+		}
+	}
+	return "", fmt.Errorf("no %s in PATH (package %s): %w", f.program, f.from, errdefs.ErrUnavailable)
+}
+
+// make makes one on a device.
+func (f *fileSystem) make(ctx context.Context, v thin.Volume) error {
+	program, err := f.find()
+	if err != nil {
+		return err
+	}
+	out, err := exec.CommandContext(ctx, program, append(slices.Clone(f.args), thin.Node(v.Name))...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s (of %s): %w: %s", program, f.from, err, strings.TrimSpace(string(out)))
+	}
+	if f.trim == nil {
+		return nil
+	}
+	dev, err := sys.Open(thin.Node(v.Name), sys.O_RDWR|sys.O_EXCL, 0)
+	if err != nil {
+		return err
+	}
+	defer dev.Close()
+	return f.trim(dev)
+}
+
+// mount is pure: the plan of a mount of a device.
+func (f *fileSystem) mount(v thin.Volume, o drivers.MountOptions) mount.Mount {
+	options := []string{"ro"}
+	if !v.ReadOnly && !o.ReadOnly {
+		options[0] = "rw"
+	}
+	options = append(options, f.every...)
+	switch {
+	case v.ReadOnly: // a clean log, which must not be looked at, or the mount fails
+		options = append(options, f.clean...)
+	case !o.ReadOnly: // what is deleted goes back to the pool
+		options = append(options, f.writable...)
+		if o.Volatile {
+			options = append(options, f.volatile...)
+		}
+	}
+	return mount.Mount{Type: f.name, Source: thin.Node(v.Name), Options: append(options, o.IDMap.MountOptions()...)}
+}
+
+func identifyExt4(r io.ReaderAt) (identity, error) {
+	s, err := ext4.Identify(r)
+	i := identity{uuid: s.UUID, log: logEmpty}
+	if s.Dirty {
+		i.log = logFull
+	}
+	return i, err
+}
+
+// xfsSuper is what is read of a superblock of xfs (struct xfs_dsb).
+type xfsSuper struct {
+	uuid             string
+	logStart, logEnd int64 // bytes
+}
+
+func readXFS(r io.ReaderAt) (xfsSuper, error) {
+	b := make([]byte, 512)
+	n, err := r.ReadAt(b, 0)
+	if n < len(b) && err != nil && !errors.Is(err, io.EOF) {
+		return xfsSuper{}, err
+	}
+	be := binary.BigEndian
+	block, perGroup, shift := int64(be.Uint32(b[4:])), int64(be.Uint32(b[84:])), b[124]
+	if n < len(b) || string(b[:4]) != "XFSB" || block == 0 || shift > 31 {
+		return xfsSuper{}, fmt.Errorf("no xfs on it: %w", errdefs.ErrDataLoss)
+	}
+	log := be.Uint64(b[48:]) // the number of an allocation group, and that of a block in it
+	start := (int64(log>>shift)*perGroup + int64(log&(1<<shift-1))) * block
+	u := b[32:48]
+	return xfsSuper{
+		uuid:     fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:]),
+		logStart: start, logEnd: start + int64(be.Uint32(b[96:]))*block,
+	}, nil
+}
+
+// identifyXFS cannot tell whether the log is empty: a snapshot of a frozen xfs has one
+// that is not, and which records are the last ones its kernel knows best.
+func identifyXFS(r io.ReaderAt) (identity, error) {
+	s, err := readXFS(r)
+	return identity{uuid: s.uuid}, err
+}
+
+// trimXFS discards the part of a new log that mkfs.xfs filled with zeros: it is 64 MiB,
+// and its first record is all that is in it.
+func trimXFS(dev *sys.Fd) error {
+	const record = 1 << 20 // and what is near it
+	s, err := readXFS(dev)
+	if err != nil || s.logEnd-s.logStart <= record {
+		return err
+	}
+	return dev.Discard(s.logStart+record, s.logEnd-s.logStart-record)
+}
