@@ -15,7 +15,7 @@ endif
 
 all: build
 
-build: $(BIN)/layerctl $(BIN)/fuse-layerfs ## the programs, static, into bin/
+build: $(BIN)/layerctl $(BIN)/layerd $(BIN)/fuse-layerfs ## the programs, static, into bin/
 
 $(BIN)/%: FORCE
 	@mkdir -p $(BIN)
@@ -104,10 +104,11 @@ images: build ## slow: a real six-layer Debian image for trials, into out/images
 
 man: build ## man pages into out/man
 	$(BIN)/layerctl man out/man
+	$(BIN)/layerd man out/man
 
 PREFIX ?= /usr/local
 install: build
-	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(BIN)/layerctl $(BIN)/fuse-layerfs
+	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(BIN)/layerctl $(BIN)/layerd $(BIN)/fuse-layerfs
 
 clean:
 	rm -rf $(BIN) out

@@ -27,6 +27,7 @@ type BlobReader struct {
 	out         io.ReadCloser
 	compression Compression
 	diff        hash.Hash // nil where the blob is the tar itself
+	tarSize     int64     // bytes of the tar that were read
 	err         error     // once set, every Read returns it
 }
 
@@ -96,11 +97,15 @@ func (b *BlobReader) digest() digest.Digest {
 // Size is how many bytes of the blob have been read.
 func (b *BlobReader) Size() int64 { return b.in.n }
 
+// TarSize is how many bytes of the tar have been read.
+func (b *BlobReader) TarSize() int64 { return b.tarSize }
+
 func (b *BlobReader) Read(p []byte) (int, error) {
 	if b.err != nil {
 		return 0, b.err
 	}
 	n, err := b.out.Read(p)
+	b.tarSize += int64(n)
 	if b.diff != nil {
 		b.diff.Write(p[:n])
 	}

@@ -8,7 +8,7 @@ needs='mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs mkfs.btrfs:btrfs-progs busybox:busy
        setfattr:attr setfacl:acl setcap:libcap2-bin bsdtar:libarchive-tools
        newuidmap:uidmap umoci:umoci skopeo:skopeo podman:podman zstd:zstd gcc:gcc
        fusermount3:fuse3 fuse-overlayfs:fuse-overlayfs flock:util-linux
-       dmsetup:dmsetup thin_dump:thin-provisioning-tools'
+       dmsetup:dmsetup thin_dump:thin-provisioning-tools containerd:containerd runc:runc'
 
 PATH=$PATH:/usr/sbin:/sbin
 missing=

@@ -63,9 +63,13 @@ var errStop = errors.New("stopped")
 
 // failing makes a sequence of a function whose error ends it.
 func (v *View) failing(op, key string, f func(yield func(layer.Change, error) bool) error) iter.Seq2[layer.Change, error] {
+	return failing(fmt.Sprintf("%s %q", op, key), f)
+}
+
+func failing(what string, f func(yield func(layer.Change, error) bool) error) iter.Seq2[layer.Change, error] {
 	return func(yield func(layer.Change, error) bool) {
 		if err := f(yield); err != nil && !errors.Is(err, errStop) {
-			yield(layer.Change{}, v.fail(op, key, err))
+			yield(layer.Change{}, fmt.Errorf("snapshot: %s: %w", what, err))
 		}
 	}
 }
@@ -183,10 +187,15 @@ func (v *View) apply(ctx context.Context, key string, tar io.Reader, o layer.App
 		return err
 	}
 	defer release()
+	return v.s.applyTo(ctx, n, tar, o)
+}
+
+// applyTo unpacks onto a layer that is locked exclusively.
+func (s *Store) applyTo(ctx context.Context, n *node, tar io.Reader, o layer.ApplyOptions) error {
 	if n.name.Kind != snapshots.KindActive {
-		return fmt.Errorf("is not active but %s: %w", n.name.Kind, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("snapshot %q is not active but %s: %w", n.key, n.name.Kind, errdefs.ErrFailedPrecondition)
 	}
-	a := &application{s: v.s, n: n, alone: !n.layer.Exposed && !n.layer.Applied && o.Listing == nil}
+	a := &application{s: s, n: n, alone: !n.layer.Exposed && !n.layer.Applied && o.Listing == nil}
 	if err := a.begin(ctx); err != nil {
 		return err
 	}

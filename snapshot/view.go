@@ -60,6 +60,18 @@ func (s *Store) Views(ctx context.Context) (names []string, err error) {
 	return names, err
 }
 
+// Counts returns how many snapshots each view holds, of those that hold any.
+func (s *Store) Counts(ctx context.Context) (counts map[string]int, err error) {
+	err = s.db.view(ctx, func(t *txn) error {
+		counts = map[string]int{}
+		for _, name := range t.viewNames() {
+			counts[name] = t.view(name).Stats().KeyN
+		}
+		return nil
+	})
+	return counts, err
+}
+
 func (t *txn) viewNames() (names []string) {
 	_ = t.each(bucketViews, func(k, v []byte) error {
 		if b := t.view(string(k)); v == nil && b != nil {

@@ -32,6 +32,7 @@ var level = map[string]int{
 	"internal/userns":         1,
 	"internal/fusermount":     1,
 	"internal/testenv/vm":     1,
+	"internal/socket":         1,
 	"internal/testenv/vm/cmd": 2,
 	"internal/lint":           1,
 	"mount":                   2,
@@ -57,9 +58,11 @@ var level = map[string]int{
 	"fuse/server":             6,
 	"snapshot":                6,
 	"image":                   7,
+	"snapshot/service":        7,
 	"internal/testimage":      7,
 	".":                       8,
 	"cmd/layerctl":            10,
+	"cmd/layerd":              10,
 	"cmd/fuse-layerfs":        10,
 }
 
@@ -77,11 +80,14 @@ var doors = []door{
 	{"golang.org/x/sys/", []string{"internal/sys", "fuse/uniontest"}, "internal/sys is the kernel door: callers get descriptors with one owner (uniontest's cases are about single system calls)"},
 	{"unsafe", []string{"internal/sys"}, "internal/sys is the kernel door"},
 	{"go.etcd.io/bbolt", []string{"snapshot"}, "records have one keeper"},
-	{"github.com/spf13/", []string{"cmd/layerctl"}, "flags belong to programs"},
+	{"github.com/spf13/", []string{"cmd/layerctl", "cmd/layerd"}, "flags belong to programs"},
 	{"flag", []string{"cmd/layerctl", "internal/testenv/vm/cmd"}, "flags belong to programs"},
-	{"google.golang.org/grpc", []string{"snapshot", "cmd/layerd"}, "a service is a face of the store"},
+	{"google.golang.org/grpc", []string{"snapshot/service"}, "a service is a face of the store, and an engine that imports the store gets none"},
+	{"google.golang.org/grpc/", []string{"snapshot/service", "cmd/layerd"}, "cmd/layerd counts calls by their status"},
+	{"github.com/pelletier/", []string{"cmd/layerd"}, "a configuration file belongs to a program"},
+	{"github.com/prometheus/", []string{"cmd/layerd"}, "figures belong to a program"},
 	{"github.com/hanwen/go-fuse/", []string{"fuse/server"}, "the FUSE wire has one door"},
-	{module, []string{"cmd/layerctl"}, "the root package is for engines: inside, only programs name every driver"},
+	{module, []string{"cmd/layerctl", "cmd/layerd"}, "the root package is for engines: inside, only programs name every driver"},
 }
 
 // file is one parsed Go file.
@@ -197,6 +203,7 @@ func TestOneDoor(t *testing.T) {
 var exits = map[string]string{
 	"cmd/layerctl":            "a program",
 	"cmd/fuse-layerfs":        "a program",
+	"cmd/layerd":              "a program",
 	"internal/testenv":        "it re-executes the test binary",
 	"internal/testenv/vm/cmd": "a program",
 	"internal/userns":         "it re-executes the program",
