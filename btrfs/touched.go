@@ -9,6 +9,8 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/containerd/errdefs"
+
 	"github.com/layerctl/layerctl/btrfs/ioctl"
 	"github.com/layerctl/layerctl/btrfs/send"
 	"github.com/layerctl/layerctl/internal/sys"
@@ -17,8 +19,12 @@ import (
 
 // touched finds out where two read-only subvolumes may differ.
 func touched(ctx context.Context, from, to *sys.Fd) (*layer.Candidates, error) {
-	t := newNamespace()
-	if err := eachCommand(ctx, from, to, t.do); err != nil {
+	var t *namespace
+	err := eachCommand(ctx, from, to, func() func(*send.Command) {
+		t = newNamespace()
+		return t.do
+	})
+	if err != nil {
 		return nil, err
 	}
 	c := layer.NewCandidates()
@@ -32,9 +38,23 @@ func touched(ctx context.Context, from, to *sys.Fd) (*layer.Candidates, error) {
 	return c, nil
 }
 
+// sendTries is how often a damaged stream is asked for again.
+const sendTries = 3
+
 // eachCommand lets the kernel write what turns from into to, without data, and
-// reads it.
-func eachCommand(ctx context.Context, from, to *sys.Fd, do func(*send.Command)) error {
+// reads it. A process that is stopped meanwhile, by SIGSTOP or a freezer, has the kernel
+// begin anew in the middle of the stream; then all is read again, by what start
+// returns next.
+func eachCommand(ctx context.Context, from, to *sys.Fd, start func() func(*send.Command)) error {
+	for try := 1; ; try++ {
+		err := eachCommandOnce(ctx, from, to, start())
+		if try == sendTries || !errdefs.IsInvalidArgument(err) {
+			return err
+		}
+	}
+}
+
+func eachCommandOnce(ctx context.Context, from, to *sys.Fd, do func(*send.Command)) error {
 	parent, err := ioctl.SubvolID(from)
 	if err != nil {
 		return err

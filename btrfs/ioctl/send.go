@@ -11,13 +11,17 @@ const (
 // Send writes to out, a pipe's end, the stream that turns the subvolume with the
 // id parent into the subvolume subvol, both read-only; parent 0 is the empty
 // tree. noData leaves out what files hold and says only where it changed. It
-// returns when all is written, so somebody else has to read.
+// returns when all is written, so somebody else has to read. No signal interrupts it:
+// the kernel would begin the stream anew in the middle of it, as it still does when the
+// whole process is stopped and goes on.
 func Send(subvol, out *sys.Fd, parent uint64, noData bool) error {
 	var flags uint64
 	if noData {
 		flags = BTRFS_SEND_FLAG_NO_FILE_DATA
 	}
-	return subvol.Ioctl("BTRFS_IOC_SEND", BTRFS_IOC_SEND, sendArgs(out.Int(), parent, flags))
+	return sys.Undisturbed(func() error {
+		return subvol.Ioctl("BTRFS_IOC_SEND", BTRFS_IOC_SEND, sendArgs(out.Int(), parent, flags))
+	})
 }
 
 // sendArgs is struct btrfs_ioctl_send_args without clone sources: s64 send_fd,
