@@ -46,11 +46,11 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 		made = true
 		return d.snapshot(ctx, c, r.ID, l, origin)
 	})
-	if owner, ok := rootOwner(r, o); ok && err == nil {
-		err = d.setRootOwner(ctx, l, owner)
-	}
 	if err == nil {
 		err = drivers.Step(ctx, "devmapper: create: transaction set")
+	}
+	if owner, ok := rootOwner(r, o); err == nil && (ok || l.grown) {
+		err = d.prepare(ctx, l, owner, o.Volatile)
 	}
 	if err == nil {
 		err = d.move(r.ID, roots.New, roots.Layers) // a cut may lose the layer whole
@@ -67,8 +67,8 @@ func (d *driver) planCreate(r drivers.Ref, o drivers.CreateOptions) (*record, ui
 	switch {
 	case r.ID == 0:
 		return nil, 0, fmt.Errorf("0 is not a layer: %w", errdefs.ErrInvalidArgument)
-	case o.Quota != 0:
-		return nil, 0, fmt.Errorf("layers here have %d bytes each, the driver's option size, and no quota of their own: %w", d.template.Bytes, errdefs.ErrInvalidArgument)
+	case o.Quota < 0 || o.Quota > mostBytes:
+		return nil, 0, fmt.Errorf("a quota of %d bytes: %w", o.Quota, errdefs.ErrInvalidArgument)
 	case !o.IDMap.IsZero() && !d.caps.IDMap:
 		return nil, 0, fmt.Errorf("no id-mapped mounts of %s here: %w", d.template.FS, errdefs.ErrInvalidArgument)
 	}
@@ -82,14 +82,31 @@ func (d *driver) planCreate(r drivers.Ref, o drivers.CreateOptions) (*record, ui
 		l.Kind, l.Shared = view, !own
 	}
 	if len(r.Parents) == 0 {
-		return l, t.Thin, l.known()
+		return l, t.Thin, d.size(l, o)
 	}
 	p, err := d.parent(r)
 	if err != nil {
 		return nil, 0, err
 	}
 	l.Sectors, l.FS, l.UUID = p.Sectors, p.FS, p.UUID
-	return l, p.Thin, l.known()
+	return l, p.Thin, d.size(l, o)
+}
+
+// size has a record, of its parent's size so far, have the one of its quota. A view's
+// says nothing: it is not written to.
+func (d *driver) size(l *record, o drivers.CreateOptions) error {
+	if err := l.known(); err != nil || o.Quota == 0 || o.ReadOnly {
+		return err
+	}
+	quota := o.Quota / d.pool.BlockBytes() * d.pool.BlockBytes()
+	switch parent := int64(l.Sectors) * 512; {
+	case quota < parent:
+		return fmt.Errorf("a quota of %d bytes: the layer begins as a snapshot of a file system of %d bytes, which can only get larger (the driver's option size is that of layers without parent): %w",
+			o.Quota, parent, errdefs.ErrInvalidArgument)
+	case quota > parent:
+		l.Sectors, l.grown = uint64(quota)/512, true
+	}
+	return nil
 }
 
 // rootOwner is the owner that an empty layer's root is to have; false if it is that of
@@ -158,22 +175,47 @@ func (d *driver) snapshot(ctx context.Context, c *thin.Change, id drivers.ID, l 
 	return nil
 }
 
-// setRootOwner gives an empty layer's root its owner: the one case in which Create
-// mounts.
-func (d *driver) setRootOwner(ctx context.Context, l *record, owner drivers.Owner) error {
+// prepare makes a new layer's file system as large as its device, if that has grown, and
+// gives the root of an empty one its owner: the cases in which Create mounts. It is on
+// the disk before the layer is one, unless volatile.
+func (d *driver) prepare(ctx context.Context, l *record, owner drivers.Owner, volatile bool) error {
 	v := d.private(l.Thin, l.Sectors, false)
 	return d.shown(ctx, v, func() error {
-		t, err := mount.Detached(ctx, []mount.Mount{l.fs.mount(v, drivers.MountOptions{})})
+		dev, err := sys.Open(thin.Node(v.Name), sys.O_RDONLY, 0)
+		if err != nil {
+			return err
+		}
+		defer dev.Close()
+		t, err := mount.Detached(ctx, []mount.Mount{l.fs.mountToGrow(v)})
 		if err != nil {
 			return err
 		}
 		root, err := sys.OpenDir(t.Path())
 		if err == nil {
-			err = emptyRoot(root, owner)
+			err = l.prepare(root, dev, owner)
 			root.Close()
 		}
-		return errors.Join(err, t.Close())
+		err = errors.Join(err, t.Close())
+		if err == nil && !volatile {
+			err = dev.Sync()
+		}
+		if err == nil {
+			err = drivers.Step(ctx, "devmapper: create: prepared")
+		}
+		return err
 	})
+}
+
+func (r *record) prepare(root, dev *sys.Fd, owner drivers.Owner) error {
+	if r.grown {
+		if err := r.fs.grow(root, dev, int64(r.Sectors)*512); err != nil {
+			return fmt.Errorf("to %d bytes: %w", r.Sectors*512, err)
+		}
+	}
+	if len(r.Parents) > 0 {
+		return nil
+	}
+	return emptyRoot(root, owner)
 }
 
 // destroy deletes the thin device of a record in new or del, and the record.
@@ -232,7 +274,7 @@ func (d *driver) deleteThin(c *thin.Change, id drivers.ID, l *record) error {
 			return err
 		}
 	}
-	return c.Delete(l.Thin)
+	return d.deleteID(c, l.Thin)
 }
 
 // othersWith reports whether another layer has, or may have, a thin id.

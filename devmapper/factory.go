@@ -190,7 +190,8 @@ func (d *driver) start(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	d.caps = drivers.Capabilities{Driver: Name, Diff: true, Apply: true, IDMap: idMap, UsageBytes: true, UsageBlocks: true}
+	d.caps = drivers.Capabilities{Driver: Name, Diff: true, Apply: true, IDMap: idMap, UsageBytes: true, UsageBlocks: true,
+		Quota: true, LeastQuota: d.template.Bytes}
 	return nil
 }
 

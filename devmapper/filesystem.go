@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 
@@ -32,12 +33,15 @@ type fileSystem struct {
 	clean    []string // of one that must not look at the log: the device cannot be written to
 	writable []string
 	volatile []string // of a writable one whose content may be lost
+	growing  []string // instead of writable, while it gets larger
 
 	// identify reads the superblock of one that is not mounted; ErrDataLoss if there
 	// is none.
 	identify func(io.ReaderAt) (identity, error)
 	// trim gives back blocks that the program has filled with zeros. May be nil.
 	trim func(dev *sys.Fd) error
+	// grow gives one that is mounted so many bytes; dev is its device.
+	grow func(root, dev *sys.Fd, bytes int64) error
 	// byBlocks: package ext4 understands it.
 	byBlocks bool
 }
@@ -62,19 +66,21 @@ var fileSystems = []*fileSystem{
 	{
 		name: "ext4", least: 16 << 20,
 		program: "mke2fs", from: "e2fsprogs, 1.47 or newer", args: ext4Args,
-		clean: []string{"noload"}, writable: []string{"discard"}, volatile: []string{"nobarrier"},
-		identify: identifyExt4, byBlocks: true,
+		clean: []string{"noload"}, writable: []string{"discard", "noinit_itable"}, volatile: []string{"nobarrier"}, growing: []string{"discard"},
+		identify: identifyExt4, grow: growExt4, byBlocks: true,
 	},
 	{
 		name: "xfs", least: 300 << 20,
 		program: "mkfs.xfs", from: "xfsprogs", args: xfsArgs,
-		every: []string{"nouuid"}, clean: []string{"norecovery"}, writable: []string{"discard"},
-		identify: identifyXFS, trim: trimXFS,
+		every: []string{"nouuid"}, clean: []string{"norecovery"}, writable: []string{"discard"}, growing: []string{"discard"},
+		identify: identifyXFS, trim: trimXFS, grow: growXFS,
 	},
 }
 
 // ext4Args make a small file system: thin devices read as zeros where nothing was
-// written, so that no inode table needs to be, neither now nor by the kernel later;
+// written, so that no inode table needs to be, neither now nor by the kernel later
+// (noinit_itable: of a file system that has grown; while it grows, that same option
+// would have the kernel write the zeros at once);
 // a short journal, as each layer comes to have its own copy; and features that every
 // kernel since 5.10 knows.
 var ext4Args = []string{"-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-J", "size=16", "-O", "^orphan_file,^metadata_csum_seed",
@@ -154,6 +160,28 @@ func (f *fileSystem) mount(v thin.Volume, o drivers.MountOptions) mount.Mount {
 	return mount.Mount{Type: f.name, Source: thin.Node(v.Name), Options: append(options, o.IDMap.MountOptions()...)}
 }
 
+// mountToGrow is mount for grow.
+func (f *fileSystem) mountToGrow(v thin.Volume) mount.Mount {
+	return mount.Mount{Type: f.name, Source: thin.Node(v.Name), Options: slices.Concat([]string{"rw"}, f.every, f.growing)}
+}
+
+func growExt4(root, _ *sys.Fd, bytes int64) error {
+	const block = 4096 // see ext4Args
+	err := root.GrowExt4(uint64(bytes / block))
+	if errors.Is(err, syscall.EPERM) {
+		err = fmt.Errorf("the kernel makes an ext4 larger for those who have CAP_SYS_RESOURCE: %w", err)
+	}
+	return err
+}
+
+func growXFS(root, dev *sys.Fd, bytes int64) error {
+	s, err := readXFS(dev)
+	if err != nil {
+		return err
+	}
+	return root.GrowXFS(uint64(bytes/s.block), s.inodePercent)
+}
+
 func identifyExt4(r io.ReaderAt) (identity, error) {
 	s, err := ext4.Identify(r)
 	i := identity{uuid: s.UUID, log: logEmpty}
@@ -166,7 +194,9 @@ func identifyExt4(r io.ReaderAt) (identity, error) {
 // xfsSuper is what is read of a superblock of xfs (struct xfs_dsb).
 type xfsSuper struct {
 	uuid             string
-	logStart, logEnd int64 // bytes
+	block            int64
+	logStart, logEnd int64  // bytes
+	inodePercent     uint32 // of the blocks that inodes may take
 }
 
 func readXFS(r io.ReaderAt) (xfsSuper, error) {
@@ -184,8 +214,9 @@ func readXFS(r io.ReaderAt) (xfsSuper, error) {
 	start := (int64(log>>shift)*perGroup + int64(log&(1<<shift-1))) * block
 	u := b[32:48]
 	return xfsSuper{
-		uuid:     fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:]),
-		logStart: start, logEnd: start + int64(be.Uint32(b[96:]))*block,
+		uuid:  fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:]),
+		block: block, logStart: start, logEnd: start + int64(be.Uint32(b[96:]))*block,
+		inodePercent: uint32(b[127]),
 	}, nil
 }
 

@@ -349,6 +349,8 @@ func TestChild(t *testing.T) {
 		for _, e := range d.Diff(ctx, drivers.Ref{ID: c.Base}, drivers.Ref{ID: c.ID, Parents: []drivers.ID{c.Base}}) {
 			err = errors.Join(err, e)
 		}
+	case "grow":
+		err = d.Create(ctx, drivers.Ref{ID: c.ID, Parents: []drivers.ID{c.Base}}, drivers.CreateOptions{Quota: 600 * mib})
 	case "lives":
 		err = d.lives(ctx, c)
 	case "leaves":

@@ -121,7 +121,7 @@ func (d *driver) drop(c *thin.Change, t temp) error {
 }
 
 func (d *driver) deleteTemp(c *thin.Change, id uint32) error {
-	if err := c.Delete(id); err != nil {
+	if err := d.deleteID(c, id); err != nil {
 		return err
 	}
 	if err := os.Remove(d.tempPath(id)); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -132,6 +132,29 @@ func (d *driver) deleteTemp(c *thin.Change, id uint32) error {
 	}
 	delete(d.used, id)
 	return nil
+}
+
+// deleteID deletes a thin device, if need be with the private devices on it of
+// processes that have died.
+func (d *driver) deleteID(c *thin.Change, id uint32) error {
+	err := c.Delete(id)
+	if !errdefs.IsFailedPrecondition(err) {
+		return err
+	}
+	names, listErr := d.pool.Devices()
+	if listErr != nil {
+		return errors.Join(err, listErr)
+	}
+	dropped := false
+	for _, name := range names {
+		if strings.HasPrefix(name, d.deviceName(0, id)+".") && d.ownerDied(name) && c.Deactivate(name) == nil {
+			dropped = true
+		}
+	}
+	if dropped {
+		err = c.Delete(id)
+	}
+	return err
 }
 
 // sweepTemps deletes what stands in tmp, belongs to nobody alive and is no layer's. What

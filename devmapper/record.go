@@ -45,7 +45,8 @@ type record struct {
 	IDMap   *drivers.IDMap `json:"idmap,omitempty"`
 	Usage   *drivers.Usage `json:"usage,omitempty"` // of a committed layer
 
-	fs *fileSystem // of that name, once known
+	fs    *fileSystem // of that name, once known
+	grown bool        // of a layer being made: its device is larger than its parent's
 }
 
 // known finds what is particular to the layer's file system.

@@ -237,13 +237,17 @@ type Usage struct {
 type Capabilities struct {
 	Driver string // the factory's name
 
-	Diff    bool // implements Differ
-	Apply   bool // implements Applier
-	Rebase  bool // Commit may name parents when Create had none
-	Quota   bool // CreateOptions.Quota works on this file system
-	IDMap   bool // CreateOptions.IDMap works on this file system
-	Reflink bool // copies share blocks
-	Copies  bool // a layer holds its parents' files, too (native): Usage counts them
+	Diff   bool // implements Differ
+	Apply  bool // implements Applier
+	Rebase bool // Commit may name parents when Create had none
+	Quota  bool // CreateOptions.Quota works on this file system
+	// LeastQuota: a layer's quota is the size of its file system, which is never
+	// smaller than its parent's; this is the size of one without parent. 0: any quota
+	// will do.
+	LeastQuota int64
+	IDMap      bool // CreateOptions.IDMap works on this file system
+	Reflink    bool // copies share blocks
+	Copies     bool // a layer holds its parents' files, too (native): Usage counts them
 
 	UsageBytes  bool // Usage.Bytes is never -1
 	UsageInodes bool // Usage.Inodes is never -1

@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"reflect"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/mount"
 )
 
@@ -28,6 +30,7 @@ var mountCases = []testCase{
 	{"id map shows shifted owners", idMapShows},
 	{"id map of a mount", idMapOfMount},
 	{"quota stops a writer", quotaStops},
+	{"a quota that is a size is never below the parent's", quotaIsSize},
 }
 
 // three makes a committed layer, a writable child and a view.
@@ -252,17 +255,83 @@ func quotaStops(k *kit) {
 	base := k.layer(drivers.Ref{}, func(dir string) {
 		k.check(os.WriteFile(dir+"/large", make([]byte, 4<<20), 0o644))
 	})
-	r := k.create(base, drivers.CreateOptions{Quota: 8 << 20})
+	quota := max(8<<20, k.caps.LeastQuota+256<<20)
+	r := k.create(base, drivers.CreateOptions{Quota: quota})
 	free := k.create(base, drivers.CreateOptions{})
 	dir := k.mount(r, drivers.MountOptions{})
+	if k.caps.LeastQuota > 0 {
+		k.ballast(dir, 8<<20) // so that 8 MiB are left here, too
+	}
 	k.check(os.WriteFile(dir+"/fits", make([]byte, 2<<20), 0o644))
 	err := writeSynced(dir+"/too much", 32<<20)
 	if !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
-		k.Errorf("32 MiB into a quota of 8: %v, want ENOSPC or EDQUOT", err)
+		k.Errorf("32 MiB into a quota of which 8 are left: %v, want ENOSPC or EDQUOT", err)
 	}
 	k.check(os.Remove(dir + "/too much"))
 	k.check(os.Remove(dir + "/large")) // a deletion of the parent's file fits, too
 	k.check(writeSynced(k.mount(free, drivers.MountOptions{})+"/f", 32<<20))
+}
+
+// ballast takes the space of a file system but for so many bytes, without a write.
+func (k *kit) ballast(dir string, left int64) {
+	k.Helper()
+	s, err := sys.StatfsPath(dir)
+	k.check(err)
+	f, err := sys.Open(dir+"/ballast", sys.O_RDWR|sys.O_CREAT, 0o600)
+	k.check(err)
+	defer f.Close()
+	k.check(f.Allocate(int64(s.BlocksUser)*s.BlockSize - left))
+}
+
+// room is the size of the file system that a layer shows.
+func (k *kit) room(r drivers.Ref) int64 {
+	k.Helper()
+	dir := k.mount(r, drivers.MountOptions{})
+	defer k.umount(dir)
+	s, err := sys.StatfsPath(dir)
+	k.check(err)
+	return int64(s.Blocks) * s.BlockSize
+}
+
+func quotaIsSize(k *kit) {
+	least := k.caps.LeastQuota
+	if least == 0 {
+		k.Skip("any quota will do")
+	}
+	const more = 512 << 20
+	k.wants("a quota below the least", k.driver.Create(k.ctx, k.ref(drivers.Ref{}), drivers.CreateOptions{Quota: least - 1<<20}), errdefs.ErrInvalidArgument)
+	same := k.create(drivers.Ref{}, drivers.CreateOptions{Quota: least})
+	large := k.create(drivers.Ref{}, drivers.CreateOptions{Quota: least + more, RootOwner: &drivers.Owner{UID: 7, GID: 8}})
+	if has := k.room(large) - k.room(same); has < more*9/10 || has > more {
+		k.Errorf("a quota of 512 MiB more has %d bytes more", has)
+	}
+	dir := k.mount(large, drivers.MountOptions{})
+	k.wantRoot(dir, 7, 8)
+	k.check(os.WriteFile(dir+"/f", []byte("x"), 0o644))
+	k.umount(dir)
+	if u := k.used(large); u.Bytes > least/100+8*mib {
+		k.Errorf("a layer with one small file has %d bytes, for being large", u.Bytes)
+	}
+	k.commit(large)
+	child := k.create(large, drivers.CreateOptions{})
+	if has, want := k.room(child), k.room(large); has != want {
+		k.Errorf("a child has %d bytes, its parent %d", has, want)
+	}
+	r := k.ref(large)
+	err := k.driver.Create(k.ctx, r, drivers.CreateOptions{Quota: least})
+	k.wants("a quota below the parent's", err, errdefs.ErrInvalidArgument)
+	for _, n := range []int64{least, least + more} {
+		if !strings.Contains(err.Error(), strconv.FormatInt(n, 10)) {
+			k.Errorf("the error does not say %d: %v", n, err)
+		}
+	}
+	larger := k.create(large, drivers.CreateOptions{Quota: least + 3*more})
+	want := k.tree(large)
+	k.same("a larger child", k.tree(larger), want)
+	k.edit(larger, func(dir string) { k.check(os.WriteFile(dir+"/g", []byte("y"), 0o600)) })
+	k.diffIsExact(large, larger)
+	k.check(k.driver.Create(k.ctx, r, drivers.CreateOptions{Quota: least, ReadOnly: true})) // a view's says nothing
+	k.same("a view", k.tree(r), want)
 }
 
 func writeSynced(path string, size int) error {

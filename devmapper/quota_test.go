@@ -1,0 +1,109 @@
+package devmapper
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/sys"
+)
+
+// room is the size of the file system that a layer shows.
+func (b *bench) room(r drivers.Ref) (bytes int64) {
+	b.Helper()
+	b.edit(r, func(dir string) {
+		s, err := sys.StatfsPath(dir)
+		b.check(err)
+		bytes = int64(s.Blocks) * s.BlockSize
+	})
+	return bytes
+}
+
+// A Create of a layer that is larger than its parent is stopped, or its process killed,
+// at each of its steps: no layer is there of another size than was asked for, and
+// what is left is removed.
+func TestGrowthStoppedAtEachStep(t *testing.T) {
+	for _, c := range []struct {
+		fs     string
+		killed []bool
+	}{{"ext4", []bool{false, true}}, {"xfs", []bool{true}}} {
+		t.Run(c.fs, func(t *testing.T) {
+			b := newBench(t, 1<<30, map[string]string{"filesystem": c.fs, "size": "320MiB"})
+			base := b.create(1)
+			b.write(base, "base", "base")
+			b.commit(base)
+			injected := &os.PathError{Op: "injected", Path: "step", Err: syscall.EIO}
+			for _, killed := range c.killed {
+				for n := 0; ; n++ {
+					r, reached := drivers.Ref{ID: drivers.ID(100 + n), Parents: []drivers.ID{1}}, false
+					what := fmt.Sprintf("step %d, killed %v", n, killed)
+					if killed {
+						reached = b.died(b.start(child{Root: b.root, Step: n, Op: "grow", ID: r.ID, Base: 1}))
+					} else {
+						var err error
+						reached, err = steps(t.Context(), n, func() error { return injected }, func(ctx context.Context) error {
+							return b.Create(ctx, r, drivers.CreateOptions{Quota: 600 * mib})
+						})
+						if errors.Is(err, injected) != reached {
+							t.Fatalf("%s: %v", what, err)
+						}
+					}
+					if _, err := b.layer(r.ID); reached != errors.Is(err, syscall.ENOENT) {
+						t.Errorf("%s: the layer: %v", what, err)
+					}
+					b.remove(r.ID)
+					b.nothingLoose(what)
+					b.check(b.Create(t.Context(), r, drivers.CreateOptions{Quota: 600 * mib}))
+					if has := b.room(r); has < 500*mib || has > 600*mib {
+						t.Errorf("%s: done again it has %d bytes", what, has)
+					}
+					b.file(r, "base", "base")
+					b.remove(r.ID)
+					if !reached {
+						if n < 4 {
+							t.Errorf("only %d steps", n)
+						}
+						break
+					}
+				}
+			}
+			b.remove(1)
+		})
+	}
+}
+
+// The diff of a child of a layer that has grown is by blocks like any other.
+func TestDiffOfGrownLayers(t *testing.T) {
+	b := newBench(t, 768*mib, map[string]string{"filesystem": "ext4", "size": "64MiB"})
+	base := b.create(1)
+	b.write(base, "base", "base")
+	b.commit(base)
+	grown := drivers.Ref{ID: 2, Parents: []drivers.ID{1}}
+	b.check(b.Create(t.Context(), grown, drivers.CreateOptions{Quota: 40 << 30}))
+	b.edit(grown, func(dir string) {
+		for i := range 300 {
+			b.check(os.WriteFile(fmt.Sprintf("%s/f%d", dir, i), []byte("x"), 0o644))
+		}
+	})
+	b.commit(grown)
+	child := b.create(3, 2, 1)
+	b.write(child, "f7", "changed")
+	b.check(b.lookAt(t.Context(), grown, func(from seen) error {
+		return b.lookAt(t.Context(), child, func(to seen) error {
+			c, err := b.candidates(t.Context(), from.volume, to.volume)
+			if err == nil && (c.Len() == 0 || c.Len() > 10) {
+				t.Errorf("%d candidates", c.Len())
+			}
+			return err
+		})
+	}))
+	if got := strings.Join(b.diffOf(base, child), " "); !strings.HasPrefix(got, ". f0 f1 f10 ") {
+		t.Errorf("diff to what has grown: %s", got)
+	}
+	b.remove(3, 2, 1)
+}
