@@ -109,6 +109,7 @@ man: build ## man pages into out/man
 PREFIX ?= /usr/local
 install: build
 	install -D -m 0755 -t $(DESTDIR)$(PREFIX)/bin $(BIN)/layerctl $(BIN)/layerd $(BIN)/fuse-layerfs
+	install -D -m 0644 -t $(DESTDIR)$(PREFIX)/lib/systemd/system dist/systemd/layerd.service dist/systemd/layerd.socket
 
 clean:
 	rm -rf $(BIN) out
