@@ -19,7 +19,7 @@ import (
 // Diff lets the kernel say by SEND which paths of the two trees may differ, and
 // compares exactly those: O(changes). What SEND says of a path is not looked at,
 // only that it names it. Without the right to send, from nothing, between layers
-// that have no parent in common, between two that changed a file at the same
+// that have no parent in common, between two that made or changed a file at the same
 // moment, and where there is no room for the snapshot that an active layer is sent
 // from, it walks both trees.
 func (d *driver) Diff(ctx context.Context, from, to drivers.Ref) iter.Seq2[layer.Change, error] {
@@ -69,7 +69,7 @@ func (d *driver) diff(ctx context.Context, from, to drivers.Ref, yield func(laye
 func (d *driver) candidates(ctx context.Context, from, to drivers.Ref, a, b *sys.Fd) (func(string) ([]string, bool, error), error) {
 	since, apart, err := d.apart(from, to)
 	if err == nil && apart {
-		apart, err = sayAlike(a, b, since)
+		apart, err = takenForOne(a, b, since)
 	}
 	if err != nil || apart {
 		return nil, err
