@@ -21,16 +21,28 @@ func (d *driver) Remove(ctx context.Context, id drivers.ID) error {
 	return d.wrap("remove", id, d.remove(ctx, id))
 }
 
-func (d *driver) remove(ctx context.Context, id drivers.ID) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
+// InUse implements drivers.UseTeller.
+func (d *driver) InUse(_ context.Context, id drivers.ID) error {
+	return d.wrap("in use", id, d.refuseMounted(id))
+}
+
+func (d *driver) refuseMounted(id drivers.ID) error {
 	where, err := d.mountedAt(id, func(mount.Info) bool { return true })
 	if err != nil {
 		return err
 	}
 	if where != "" {
 		return fmt.Errorf("mounted at %s: %w", where, errdefs.ErrFailedPrecondition)
+	}
+	return nil
+}
+
+func (d *driver) remove(ctx context.Context, id drivers.ID) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if err := d.refuseMounted(id); err != nil {
+		return err
 	}
 	if err := d.discard(ctx, id); err != nil {
 		return err

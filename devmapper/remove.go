@@ -45,6 +45,47 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 	return d.destroy(ctx, roots.Deleted, id)
 }
 
+// InUse implements drivers.UseTeller. The kernel counts who has a device open in
+// whatever namespace; udev may, for a moment.
+func (d *driver) InUse(ctx context.Context, id drivers.ID) error {
+	return d.wrap("in use", id, d.inUse(ctx, id))
+}
+
+func (d *driver) inUse(ctx context.Context, id drivers.ID) error {
+	names, err := d.pool.Devices()
+	if err != nil {
+		return err
+	}
+	end := time.Now().Add(patience)
+	for _, name := range names {
+		if !strings.HasPrefix(name, d.pool.Prefix()+id.String()+".") {
+			continue
+		}
+		for d.isOpen(name) {
+			where, err := mountedHere(name)
+			switch {
+			case err != nil:
+				return err
+			case where != "":
+				return fmt.Errorf("mounted at %s: %w", where, errdefs.ErrFailedPrecondition)
+			case time.Now().After(end):
+				return errInUse
+			}
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(10 * time.Millisecond):
+			}
+		}
+	}
+	return nil
+}
+
+func (d *driver) isOpen(name string) bool {
+	i, err := d.pool.Info(name)
+	return err == nil && i.Open > 0
+}
+
 // releaseAll takes away every device of a layer. One that is open is waited for a
 // moment, without a lock, unless our mount namespace says why.
 func (d *driver) releaseAll(ctx context.Context, id drivers.ID) error {

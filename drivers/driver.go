@@ -114,6 +114,13 @@ type Settler interface {
 	WaitFreed(ctx context.Context) error
 }
 
+// UseTeller is a driver that can tell without removing it that a layer is in use.
+type UseTeller interface {
+	// InUse wraps ErrFailedPrecondition and says where, if the layer is mounted or
+	// served as far as this process can see: where Remove would refuse it.
+	InUse(ctx context.Context, id ID) error
+}
+
 // QuotaEnabler is a driver whose quota needs an accounting of the whole file
 // system, which only its operator may switch on.
 type QuotaEnabler interface {

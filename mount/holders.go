@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -73,6 +74,57 @@ func mountsOn(infos []Info, i Info) (all []Holder) {
 		}
 	}
 	return all
+}
+
+// Shown finds the mounts, in every mount namespace that this process may read, that
+// show a directory or something below it: binds of it, wherever it lies. The mount
+// that dir itself lies on is none of them. A namespace without processes cannot be
+// found.
+func Shown(dir string) (where []Holder, err error) {
+	dev, root, err := placeOf(dir)
+	if err != nil {
+		return nil, err
+	}
+	err = everyNamespace(func(p process, infos []Info) bool {
+		for _, i := range infos {
+			if _, ok := below(i.Root, root); !ok || dev != [2]uint32{i.Major, i.Minor} {
+				continue
+			}
+			h := Holder{What: "mount", Path: i.Target}
+			if p.pid != 0 {
+				h = Holder{p.pid, p.comm(), "namespace", i.Target}
+			}
+			where = append(where, h)
+		}
+		return false
+	})
+	return where, err
+}
+
+// placeOf returns the device of the file system of a directory, and the directory's
+// path in that.
+func placeOf(dir string) (dev [2]uint32, root string, err error) {
+	if dir, err = filepath.EvalSymlinks(dir); err != nil {
+		return dev, "", withSentinel("mount: shown", err)
+	}
+	s, err := sys.StatPath(dir)
+	if err != nil {
+		return dev, "", withSentinel("mount: shown", err)
+	}
+	infos, err := List()
+	if err != nil {
+		return dev, "", err
+	}
+	at := slices.IndexFunc(infos, func(i Info) bool { return uint64(i.ID) == s.MountID })
+	if at < 0 {
+		return dev, "", fmt.Errorf("mount: shown: %s is not in this mount namespace: %w", dir, errdefs.ErrNotFound)
+	}
+	i := infos[at]
+	rest, ok := below(dir, i.Target)
+	if !ok {
+		return dev, "", fmt.Errorf("mount: shown: %s is not below its mount at %s: %w", dir, i.Target, errdefs.ErrNotFound)
+	}
+	return [2]uint32{i.Major, i.Minor}, path.Join(i.Root, rest), nil
 }
 
 // process is a directory of /proc.

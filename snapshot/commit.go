@@ -243,6 +243,6 @@ func (c *commitment) recordLayer(t *txn) error {
 			return err
 		}
 	}
-	l.Applied = false
+	l.Applied, l.Quota = false, 0
 	return t.putLayer(c.id, l)
 }

@@ -44,7 +44,7 @@ func runJob(text string) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	work := map[string]func(context.Context, job) error{"life": liveJob, "churn": churnJob, "hold": holdJob, "put": putJob, "dieat": dieAtJob}[j.Name]
+	work := map[string]func(context.Context, job) error{"life": liveJob, "churn": churnJob, "hold": holdJob, "put": putJob, "dieat": dieAtJob, "migrate": migrateJob}[j.Name]
 	var mu sync.Mutex
 	steps := 0
 	ctx := faults.With(context.Background(), func(step string) error {

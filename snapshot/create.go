@@ -67,6 +67,7 @@ type creation struct {
 	base   *node // the parent, locked; nil if there is none
 	id     drivers.ID
 	ref    drivers.Ref
+	quota  int64 // that the driver was asked for
 	mounts []mount.Mount
 }
 
@@ -81,17 +82,22 @@ func (v *View) create(ctx context.Context, key, parent string, o CreateOptions, 
 		return nil, err
 	}
 	defer release()
-	c := &creation{v: v, key: key, parent: parent, o: o}
-	release, err = c.plan(ctx)
-	if err != nil {
-		return nil, err
+	for {
+		c := &creation{v: v, key: key, parent: parent, o: o}
+		unpin, err := c.plan(ctx)
+		if err != nil {
+			return nil, err
+		}
+		err = c.make(ctx, mo)
+		unpin()
+		if !errors.Is(err, errMoved) {
+			return c.mounts, err
+		}
 	}
-	defer release()
-	if err := c.make(ctx, mo); err != nil {
-		return nil, err
-	}
-	return c.mounts, nil
 }
+
+// errMoved says that the parent has another layer now, by another driver.
+var errMoved = errors.New("parent was migrated meanwhile")
 
 // checkChange refuses what cannot be done to key before anything is locked.
 func (s *Store) checkChange(key string) error {
@@ -162,6 +168,7 @@ func (c *creation) make(ctx context.Context, mo *drivers.MountOptions) error {
 	if err != nil {
 		return err
 	}
+	c.quota = co.Quota
 	for {
 		id, block, err := c.v.s.ids.take(ctx)
 		if err != nil {
@@ -230,15 +237,18 @@ func (c *creation) record(ctx context.Context, block *block, exposed bool) error
 			if err != nil {
 				return err
 			}
-			if p == nil || p.ID != c.base.name.ID {
+			if p == nil {
 				return fmt.Errorf("parent was removed meanwhile: %w", notFound("snapshot", c.parent))
+			}
+			if p.ID != c.base.name.ID {
+				return errMoved
 			}
 			if err := t.setParent(c.id, p.ID); err != nil {
 				return err
 			}
 		}
 		now := time.Now().UnixNano()
-		l := &layerRecord{Driver: c.driver, ReadOnly: c.o.ReadOnly, Exposed: exposed, Created: now}
+		l := &layerRecord{Driver: c.driver, ReadOnly: c.o.ReadOnly, Exposed: exposed, Quota: c.quota, Created: now}
 		if err := t.putLayer(c.id, l); err != nil {
 			return err
 		}

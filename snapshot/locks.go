@@ -14,8 +14,8 @@ import (
 )
 
 // A place is one byte of the file "locks". The byte of a layer is its ID; those
-// of keys, listings (who computes it), leases (whose they are) and the one of
-// recovery lie beyond every ID.
+// of keys, listings (who computes it), leases (whose they are) and those of
+// recovery and migration lie beyond every ID.
 type place uint64
 
 const (
@@ -23,6 +23,8 @@ const (
 	listingPlaces place = 1 << 61
 	leasePlaces   place = 1 << 60
 	recoveryPlace place = leasePlaces - 1
+	// migrationPlace keeps migrations apart.
+	migrationPlace place = leasePlaces - 2
 )
 
 func layerPlace(id drivers.ID) place    { return place(id) }

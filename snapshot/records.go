@@ -28,6 +28,7 @@ var (
 	bucketIntents  = []byte("intents")  // ID -> intent: a Commit in progress
 	bucketLeases   = []byte("leases")   // first ID -> lease
 	bucketPending  = []byte("pending")  // ID -> "": committed, listing to be computed
+	bucketMoves    = []byte("moves")    // ID -> move: the copy of a layer by another driver
 
 	metaNext   = []byte("next")
 	metaDriver = []byte("driver")
@@ -56,6 +57,7 @@ type layerRecord struct {
 	Created   int64         `json:"created"`
 	Digest    digest.Digest `json:"digest,omitempty"`  // tree digest, of listings/ID
 	Applied   bool          `json:"applied,omitempty"` // Digest is of the one Apply onto a layer not yet committed
+	Quota     int64         `json:"quota,omitempty"`   // that it was made with; until it is committed
 }
 
 // debt is a layer without a name, whose bytes are to be removed.

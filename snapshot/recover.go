@@ -254,6 +254,9 @@ func (s *Store) removeOrphan(ctx context.Context, driver string, d drivers.Drive
 		return false, err
 	}
 	defer release()
+	if err := s.removeListing(id); err != nil { // of a copy that a migration had not recorded
+		return false, err
+	}
 	if err := d.Remove(ctx, id); err == nil || ctx.Err() != nil {
 		return true, ctx.Err()
 	}

@@ -88,9 +88,13 @@ func list(keys []string) string {
 	return strings.Join(quoted, ", ")
 }
 
-// addDebt makes a layer one whose bytes are to be removed. Its parents stay
-// until it is gone, since bytes below bytes in use cannot go.
+// addDebt makes a layer one whose bytes are to be removed, and a copy of it that an
+// unfinished migration made. Its parents stay until it is gone, since bytes below
+// bytes in use cannot go.
 func (t *txn) addDebt(id drivers.ID, l *layerRecord, r drivers.Ref, reason string) error {
+	if err := t.dropMove(id); err != nil {
+		return err
+	}
 	if err := t.putLayer(id, l); err != nil {
 		return err
 	}

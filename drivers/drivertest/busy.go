@@ -78,6 +78,10 @@ func (k *kit) dirty() (base, r drivers.Ref, dir string) {
 func removeMounted(k *kit) {
 	_, r, dir := k.dirty()
 	k.wants("remove of a mounted layer", k.driver.Remove(k.ctx, r.ID), errdefs.ErrFailedPrecondition)
+	teller, tells := k.driver.(drivers.UseTeller)
+	if tells {
+		k.wants("a mounted layer is in use", teller.InUse(k.ctx, r.ID), errdefs.ErrFailedPrecondition)
+	}
 	if b, err := os.ReadFile(dir + "/f"); err != nil || string(b) != "before" {
 		k.Errorf("after the refusal: %q, %v", b, err)
 	}
@@ -89,6 +93,9 @@ func removeMounted(k *kit) {
 	k.wants("remove of a mounted view", k.driver.Remove(k.ctx, view.ID), errdefs.ErrFailedPrecondition)
 	k.umount(vdir)
 	k.umount(dir)
+	if tells {
+		k.check(teller.InUse(k.ctx, r.ID))
+	}
 	k.check(k.driver.Remove(k.ctx, r.ID))
 	k.check(k.driver.Remove(k.ctx, view.ID))
 }

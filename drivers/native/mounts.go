@@ -74,6 +74,11 @@ func (d *driver) ownerOf(source string) (drivers.ID, bool) {
 func mountedAtAll(mount.Info) bool        { return true }
 func mountedForWriting(i mount.Info) bool { return !i.ReadOnly() }
 
+// InUse implements drivers.UseTeller.
+func (d *driver) InUse(_ context.Context, id drivers.ID) error {
+	return d.wrap("in use", id, d.refuseMounted(id, mountedAtAll))
+}
+
 // refuseMounted wraps ErrFailedPrecondition if our mount namespace shows the
 // layer mounted in a way that counts.
 func (d *driver) refuseMounted(id drivers.ID, counts func(mount.Info) bool) error {

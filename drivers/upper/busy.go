@@ -25,6 +25,11 @@ import (
 // process is inside. A bind mount of a layer without parents is not marked; in
 // another namespace it cannot be seen, and a Remove takes its files away.
 
+// InUse implements drivers.UseTeller.
+func (l *Layers) InUse(ctx context.Context, id drivers.ID) error {
+	return l.wrap("in use", id, l.refuseMounted(ctx, id))
+}
+
 // refuseMounted refuses to remove what is mounted.
 func (l *Layers) refuseMounted(ctx context.Context, id drivers.ID) error {
 	if where, err := l.mountedAt(id, func(lmount.Info) bool { return true }); err != nil || where != "" {
