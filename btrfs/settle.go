@@ -134,7 +134,12 @@ func (d *driver) EnableQuota(ctx context.Context, kind string) error {
 	if !ok {
 		return fmt.Errorf("btrfs: enable quota: %q is neither %s nor %s: %w", kind, quotaQgroups, quotaSimple, errdefs.ErrInvalidArgument)
 	}
-	return d.onRoot(ctx, "enable quota", func(root *sys.Fd) error { return enableQuota(root, mode) })
+	return d.onRoot(ctx, "enable quota", func(root *sys.Fd) error {
+		if !d.admin {
+			return errdefs.ErrPermissionDenied.WithMessage("needs CAP_SYS_ADMIN outside any user namespace")
+		}
+		return enableQuota(root, mode)
+	})
 }
 
 func enableQuota(root *sys.Fd, mode ioctl.QuotaMode) error {

@@ -335,8 +335,14 @@ func adapt(i *snapshots.Info) filters.Adaptor {
 // Usage implements snapshots.Snapshotter: a committed snapshot's as it was
 // measured at Commit, others' by asking the driver. What a driver cannot know is 0.
 func (v *View) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
+	u, err := v.UsageKnown(ctx, key)
+	return snapshots.Usage{Size: max(u.Bytes, 0), Inodes: max(u.Inodes, 0)}, err
+}
+
+// UsageKnown is Usage, with -1 for what the driver cannot know.
+func (v *View) UsageKnown(ctx context.Context, key string) (drivers.Usage, error) {
 	u, err := v.usage(ctx, key)
-	return snapshots.Usage{Size: max(u.Bytes, 0), Inodes: max(u.Inodes, 0)}, v.fail("usage", key, err)
+	return u, v.fail("usage", key, err)
 }
 
 func (v *View) usage(ctx context.Context, key string) (drivers.Usage, error) {

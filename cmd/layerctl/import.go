@@ -123,8 +123,8 @@ func (a *app) sayMade(ctx context.Context, v *snapshot.View, name string, start 
 	if a.quiet {
 		return
 	}
-	if u, err := v.Usage(ctx, name); err == nil {
-		a.note("%s: %s, %s inodes, in %s", name, humanBytes(u.Size), humanCount(u.Inodes), seconds(time.Since(start).Seconds()))
+	if u, err := v.UsageKnown(ctx, name); err == nil {
+		a.note("%s: %s, %s inodes, in %s", name, humanBytes(u.Bytes), humanCount(u.Inodes), seconds(time.Since(start).Seconds()))
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/spf13/cobra"
 
+	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/snapshot"
 )
 
@@ -113,11 +114,11 @@ func rowOfRecord(ctx context.Context, v *snapshot.View, r snapshot.Record) (lsRo
 	// does not wait.
 	short, cancel := context.WithTimeout(ctx, usagePatience)
 	defer cancel()
-	u, err := v.Usage(short, r.Key)
+	u, err := v.UsageKnown(short, r.Key)
 	if err != nil && short.Err() != nil && ctx.Err() == nil {
-		u, err = snapshots.Usage{Size: -1, Inodes: -1}, nil
+		u, err = drivers.Usage{Bytes: -1, Inodes: -1}, nil
 	}
-	row.Size, row.Inodes = u.Size, u.Inodes
+	row.Size, row.Inodes = u.Bytes, u.Inodes
 	return row, err
 }
 

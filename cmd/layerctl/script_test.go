@@ -41,12 +41,18 @@ func TestScriptsAsRoot(t *testing.T) {
 	testenv.Root(t)
 	testenv.Program(t, "fusermount3", "fuse3")
 	addLine(t, "/etc/passwd", passwdLine) // fusermount3 mounts for nobody without a name
-	runScripts(t, "testdata/root", fileSystem(t), nil)
+	runScripts(t, "testdata/root", fileSystem(t, "ext4"), nil)
 }
 
 // TestScriptsOnBtrfs runs testdata/btrfs on btrfs.
 func TestScriptsOnBtrfs(t *testing.T) {
 	runScripts(t, "testdata/btrfs", testenv.FS(t, "btrfs", testenv.Size(512<<20)), nil)
+}
+
+// TestScriptsOnBtrfsAsUser runs testdata/btrfsuser as an ordinary user on btrfs.
+func TestScriptsOnBtrfsAsUser(t *testing.T) {
+	testenv.Root(t)
+	runScripts(t, "testdata/btrfsuser", fileSystem(t, "btrfs", testenv.Size(512<<20)), asOrdinary)
 }
 
 // TestScriptsAsUser runs testdata/user as an ordinary user, who has no ranges of
@@ -55,7 +61,7 @@ func TestScriptsAsUser(t *testing.T) {
 	dir := ""
 	var as []string
 	if os.Getuid() == 0 {
-		dir = fileSystem(t)
+		dir = fileSystem(t, "ext4")
 		as = asOrdinary
 	}
 	runScripts(t, "testdata/user", dir, as)
@@ -70,7 +76,7 @@ func TestScriptsWithRanges(t *testing.T) {
 	addLine(t, "/etc/group", "layertest:x:"+ordinaryID+":")
 	addLine(t, "/etc/subuid", "layertest:700000:65536")
 	addLine(t, "/etc/subgid", "layertest:800000:65536")
-	runScripts(t, "testdata/ranges", fileSystem(t), asOrdinary)
+	runScripts(t, "testdata/ranges", fileSystem(t, "ext4"), asOrdinary)
 }
 
 // addLine mounts a file with one more line over a file of /etc, in this test's
@@ -98,10 +104,10 @@ func addLine(t *testing.T, path, line string) {
 	})
 }
 
-// fileSystem makes an ext4 that ordinary users reach.
-func fileSystem(t *testing.T) string {
+// fileSystem makes a file system that ordinary users reach.
+func fileSystem(t *testing.T, kind string, opts ...testenv.Option) string {
 	t.Helper()
-	dir := testenv.FS(t, "ext4")
+	dir := testenv.FS(t, kind, opts...)
 	if err := os.Chmod(filepath.Dir(dir), 0o711); err != nil { // the scratch directory is root's
 		t.Fatal(err)
 	}

@@ -66,7 +66,7 @@ type usageRow struct {
 	Driver string `json:"driver"`
 	Size   int64  `json:"size"` // bytes allocated by itself; -1: not known
 	Inodes int64  `json:"inodes"`
-	Total  int64  `json:"total"`  // with all below it
+	Total  int64  `json:"total"`  // with all below it; -1: not known of all
 	Layers int    `json:"layers"` // itself and all below it
 }
 
@@ -105,17 +105,25 @@ func usageOf(rows map[string]lsRow, key string) usageRow {
 	r := rows[key]
 	u := usageRow{Name: key, Driver: r.Driver, Size: r.Size, Inodes: r.Inodes}
 	for ok := true; ok; r, ok = rows[r.Parent] {
-		u.Total += max(r.Size, 0)
+		u.Total = sumKnown(u.Total, r.Size)
 		u.Layers++
 	}
 	return u
+}
+
+// sumKnown adds sizes; -1, not known, if one is not.
+func sumKnown(a, b int64) int64 {
+	if a < 0 || b < 0 {
+		return -1
+	}
+	return a + b
 }
 
 // dfRow is a line of df: a part of the store.
 type dfRow struct {
 	Part  string `json:"part"`
 	Items int64  `json:"items"`
-	Size  int64  `json:"size"` // bytes allocated
+	Size  int64  `json:"size"` // bytes allocated; -1: not known of all
 }
 
 func (a *app) df(ctx context.Context) error {
@@ -159,7 +167,7 @@ func (a *app) parts(ctx context.Context) ([]dfRow, error) {
 		}
 		row := &list[at[r.Driver]]
 		row.Items++
-		row.Size += max(r.Size, 0)
+		row.Size = sumKnown(row.Size, r.Size)
 	}
 	for _, p := range []struct{ part, dir string }{{"image blobs", "images/blobs"}, {"listings", "listings"}, {"records", "db.bolt"}} {
 		row := dfRow{Part: p.part}
