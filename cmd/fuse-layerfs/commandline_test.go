@@ -212,10 +212,17 @@ func TestCheck(t *testing.T) {
 		"lowerdir=/a,workdir=/w":             "",
 		"lowerdir=,upperdir=/u,workdir=/w":   "",
 		"lowerdir=/a,upperdir=/u,workdir=/w": "",
+
+		"lowerdir=/a,upperdir=/u,workdir=/w,nfs_export=on":           "",
+		"lowerdir=/a,upperdir=/u,workdir=/w,nfs_export=on,index=off": "index=off",
+		"lowerdir=/a,upperdir=/u,workdir=/w,nfs_export=1,metacopy=1": "metacopy=on",
 	} {
 		c := parse(t, "-o", opt, "/m")
 		if err := c.options.check(); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, not %q", opt, err, want)
+		}
+		if u := c.options.union; want == "" && u.Index != u.NFSExport {
+			t.Errorf("%s: index %v", opt, u.Index)
 		}
 	}
 }

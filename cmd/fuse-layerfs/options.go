@@ -17,6 +17,7 @@ type options struct {
 	mount mountFlags
 
 	lowers, upper, work bool // given
+	noIndex             bool // index=off was
 	timeout             time.Duration
 	passthrough         server.Passthrough
 	passthroughSet      bool
@@ -59,8 +60,12 @@ var settings = map[string]setting{
 	"aufs_whiteouts": func(o *options, v string) error { return parseBool(&o.union.AUFSWhiteouts, v) },
 	"redirect_dir":   (*options).setRedirect,
 	"metacopy":       func(o *options, v string) error { return parseBool(&o.union.Metacopy, v) },
-	"index":          func(o *options, v string) error { return parseBool(&o.union.Index, v) },
-	"nfs_export":     func(o *options, v string) error { return parseBool(&o.union.NFSExport, v) },
+	"index": func(o *options, v string) error {
+		err := parseBool(&o.union.Index, v)
+		o.noIndex = !o.union.Index
+		return err
+	},
+	"nfs_export": func(o *options, v string) error { return parseBool(&o.union.NFSExport, v) },
 	"xino": func(o *options, v string) error { // numbers are stable always
 		o.union.Xino = v == "on"
 		return oneOf("on", "off", "auto")(o, v)
@@ -248,7 +253,13 @@ func (o *options) check() error {
 		return errors.New("no layers: lowerdir= or upperdir= is needed")
 	case o.upper && !o.work:
 		return errors.New("upperdir= needs workdir=, an empty directory on the same file system")
-	case !o.upper && o.work:
+	case o.upper && o.union.NFSExport && o.union.Metacopy:
+		return errors.New("nfs_export=on does not go together with metacopy=on")
+	case o.upper && o.union.NFSExport && o.noIndex:
+		return errors.New("nfs_export=on does not go together with index=off")
+	}
+	o.union.Index = o.union.Index || o.union.NFSExport
+	if !o.upper && o.work {
 		o.union.Work = "" // as the kernel: of no use
 	}
 	return nil

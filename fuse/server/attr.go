@@ -52,7 +52,7 @@ func (s *Server) attrValid(nodeid uint64, mode uint32) validity {
 func (s *Server) setEntry(to *fuse.EntryOut, e *union.Entry) {
 	id := s.opens.nodeid(e.Node.ID())
 	valid := s.attrValid(id, e.Attr.Mode)
-	to.NodeId, to.Generation = id, 0
+	to.NodeId, to.Generation = id, uint64(e.Node.Generation())
 	to.EntryValid, to.EntryValidNsec = s.valid.sec, s.valid.nsec
 	to.AttrValid, to.AttrValidNsec = valid.sec, valid.nsec
 	setAttr(&to.Attr, &e.Attr)

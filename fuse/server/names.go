@@ -29,6 +29,9 @@ func (s *Server) at(r *request, size int) (*union.Node, string, fuse.Status) {
 
 func (s *Server) lookup(r *request) (int, fuse.Status) {
 	dir, name, st := s.at(r, inHeaderSize)
+	if name == "." || st == estale && s.o.Export {
+		return s.recall(r)
+	}
 	if st != fuse.OK {
 		return 0, st
 	}
@@ -38,6 +41,17 @@ func (s *Server) lookup(r *request) (int, fuse.Status) {
 		o.EntryValid, o.EntryValidNsec = s.valid.sec, s.valid.nsec
 		return sys.SizeOf[fuse.EntryOut](), fuse.OK
 	}
+	return s.entry(r, e, err)
+}
+
+// recall answers a LOOKUP of ".", by which the kernel asks for the inode of a file
+// handle that it does not have any more. It compares the generation itself
+// (fs/fuse/inode.c: fuse_get_dentry).
+func (s *Server) recall(r *request) (int, fuse.Status) {
+	if name, _, ok := r.name(inHeaderSize); !ok || name != "." {
+		return 0, estale
+	}
+	e, err := s.union.Recall(r.header().NodeId & nodeMask)
 	return s.entry(r, e, err)
 }
 

@@ -27,7 +27,9 @@ type Options struct {
 	Writeback bool
 	// ReadOnly: nobody can write, so nothing is ever copied up.
 	ReadOnly bool
-	// Export lets file handles outlive the kernel's memory of a file (nfs_export).
+	// Export lets file handles outlive the kernel's memory of a file (nfs_export), as
+	// far as the union keeps them. An inode has one nodeid then, PassthroughAll is
+	// PassthroughUppers.
 	Export bool
 	// NoACL has no POSIX ACLs, NoXattrs no xattrs at all.
 	NoACL, NoXattrs bool
@@ -60,6 +62,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.StackDepth == 0 {
 		o.StackDepth = 1
+	}
+	if o.Export && o.Passthrough == PassthroughAll {
+		o.Passthrough = PassthroughUppers
 	}
 }
 

@@ -22,19 +22,21 @@ import (
 func TestManyAtOnce(t *testing.T) {
 	testenv.Root(t)
 	base := testenv.FS(t, "tmpfs")
-	rounds, ops := 4, 250
+	rounds, ops := 5, 250
 	if s := os.Getenv("UNION_CONCURRENT_ROUNDS"); s != "" {
 		rounds, _ = strconv.Atoi(s)
 	}
 	for round := range rounds {
 		c := Config{Redirect: RedirectOn, MaxDirs: 4}
-		switch round % 4 {
+		switch round % 5 {
 		case 1:
 			c.Metacopy = true
 		case 2:
 			c.Index = true
 		case 3:
 			c.Metacopy, c.Index = true, true
+		case 4:
+			c.Index, c.NFSExport = true, true
 		}
 		rc := drawCase(uint64(1000+round), c, 2, 60)
 		dir, err := os.MkdirTemp(base, "c")
@@ -84,6 +86,14 @@ func explained(err error) bool {
 
 // openAndLook keeps something open while others change it.
 func openAndLook(t *testing.T, u *unionSide, p string, r *rand.Rand) {
+	if u.fs.config.NFSExport { // what just was there, or somebody else makes
+		if e, err := u.fs.Recall(firstPlace + r.Uint64N(50)); err == nil {
+			_, _ = u.fs.Setattr(rootCaller, e.Node, nil, SetAttr{Valid: SetMode, Mode: 0o755})
+			u.fs.Forget(e.Node.ID(), 1)
+		} else if err != syscall.ESTALE {
+			t.Errorf("by a handle: %v", err)
+		}
+	}
 	_ = u.walk(p, func(n *Node) error {
 		if n.isDir() {
 			d, err := u.fs.OpenDir(n)

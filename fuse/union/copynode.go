@@ -24,6 +24,9 @@ func (fs *FS) copyUp(pid uint32, n *Node, what copyWhat) error {
 	if err := fs.writable(); err != nil {
 		return err
 	}
+	if n.has(byHandle) {
+		return fs.copyUpUnnamed(pid, n)
+	}
 	n.mu.Lock()
 	parent := n.parent // of what is in a lower this does not change
 	n.mu.Unlock()
@@ -107,6 +110,43 @@ func (fs *FS) copyUpAt(pid uint32, parent *Node, name string, n *Node, what copy
 	return nil
 }
 
+// copyUpUnnamed copies up what came back by its number: into index alone, where all
+// its names find it.
+func (fs *FS) copyUpUnnamed(pid uint32, n *Node) error {
+	n.change.Lock()
+	defer n.change.Unlock()
+	if n.has(inUpper) {
+		return nil
+	}
+	src, done, err := fs.copySource(n)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if src.id == nil {
+		return syscall.EIO
+	}
+	r := copyRequest{src: src, what: copyAll, dir: -1, shared: true, nlink: src.stat.Nlink, waiter: pid}
+	entry := src.id.indexName()
+	key, t := indexKey(entry), fs.table
+	t.mu.Lock()
+	fs.copies[key] = n
+	t.mu.Unlock()
+	var st sys.Stat
+	if err = fs.upper.copyUpIndexed(context.Background(), &r); err == nil {
+		err = sys.StatBare(fs.upper.index.Int(), entry, &st)
+	}
+	t.mu.Lock()
+	delete(fs.copies, key)
+	t.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	fs.raised(nil, n, &r, &st)
+	fs.stale(Stale{Node: n.id})
+	return nil
+}
+
 // stale tells the kernel's side that it remembers what is not so any more.
 func (fs *FS) stale(s Stale) {
 	if fs.config.Invalidate != nil {
@@ -115,7 +155,8 @@ func (fs *FS) stale(s Stale) {
 }
 
 // raised tells a node that it is in the upper now; st is of the new inode. parted
-// says that the file has lost its other names, and so has another number.
+// says that the file has lost its other names, and so has another number. parent is
+// nil where the node was copied up without a name.
 func (fs *FS) raised(parent, n *Node, r *copyRequest, st *sys.Stat) (parted bool) {
 	fs.copyUps.Add(1)
 	parted = !n.isDir() && r.src.stat.Nlink > 1 && !r.shared
@@ -146,8 +187,10 @@ func (fs *FS) raised(parent, n *Node, r *copyRequest, st *sys.Stat) (parted bool
 	if !n.has(isDead) {
 		fs.table.link(n, false)
 	}
-	parent.dir.copied.Add(1)
-	parent.dir.changed.Add(1)
+	if parent != nil {
+		parent.dir.copied.Add(1)
+		parent.dir.changed.Add(1)
+	}
 	return parted
 }
 

@@ -28,6 +28,8 @@
 //
 // In this order; a call takes no earlier one while it holds a later one:
 //
+//	FS.recalls    (RW) names go under the one side, a node comes back by its number
+//	              under the other, so that what was just found is still there (NFSExport)
 //	FS.renames    one rename between two directories at a time, so that which of
 //	              two directories is in the other stays so
 //	Node.change   of directories, ancestors first (two that are not, by Node.ID,
@@ -42,6 +44,7 @@
 //	              the root, to open it or to name it
 //	Node.mu       fields of a node; no I/O under it
 //	FS.dirs       the cache of directory descriptors
+//	handleTable   the records of file handles, and reading and writing them
 //	FS.table      Node.ID to Node, identity to Node, reference counts
 //
 // A lookup takes none of them but the last: it reads the layers and then asks the

@@ -259,6 +259,9 @@ func (f *File) Fsync(dataOnly bool) error {
 	if err != nil {
 		return err
 	}
+	if err := f.fs.handleTable.sync(); err != nil {
+		return err
+	}
 	return sys.FsyncBare(o.fd, dataOnly)
 }
 

@@ -38,6 +38,11 @@ type FS struct {
 	umask    uint32 // the process's
 	hidesNew bool   // new directories in merged ones are made opaque
 
+	// With NFSExport; see handles.go and recall.go.
+	handleTable *handleTable
+	recalls     sync.RWMutex
+	generation  uint32 // of nodes whose IDs are this FS's alone
+
 	renames sync.Mutex   // renames between directories, one at a time
 	tree    sync.RWMutex // where directories are
 	dirs    dirCache
@@ -64,10 +69,14 @@ func Open(ctx context.Context, c Config) (_ *FS, err error) {
 	if c.Upper != "" && c.Work == "" {
 		return nil, fmt.Errorf("union: upper %s without work: %w", c.Upper, syscall.EINVAL)
 	}
+	if c.NFSExport && c.Metacopy {
+		return nil, fmt.Errorf("union: nfs_export=on with metacopy=on: %w", syscall.EINVAL) // as the kernel
+	}
 	if err := refuseStored(&c); err != nil {
 		return nil, fmt.Errorf("union: %w", err)
 	}
 	c.NoACL = c.NoACL || c.Permissions != PermissionsInode // one is about the owner of the file itself
+	asked := c.NFSExport
 	fs := &FS{config: c, owners: newOwners(&c), table: newTable(), copies: map[nameKey]*Node{}, seed: maphash.MakeSeed()}
 	defer func() {
 		if err != nil {
@@ -84,6 +93,9 @@ func Open(ctx context.Context, c Config) (_ *FS, err error) {
 	}
 	fs.hidesNew = c.Index || c.Metacopy || c.Xino || c.Redirect == RedirectOn
 	if err := fs.openRoot(); err != nil {
+		return nil, fmt.Errorf("union: %w", err)
+	}
+	if err := fs.openTable(asked); err != nil {
 		return nil, fmt.Errorf("union: %w", err)
 	}
 	return fs, nil
@@ -244,6 +256,10 @@ func (fs *FS) Close() error {
 	}
 	fs.roots = nil
 	fs.layers = nil
+	if fs.handleTable != nil {
+		fs.handleTable.close()
+		fs.handleTable = nil
+	}
 	if fs.upper != nil {
 		u := fs.upper
 		fs.upper = nil

@@ -9,6 +9,9 @@ import (
 // the search began (epoch is from before), so that it must be done again. mine:
 // the caller has locked dir.
 func (fs *FS) intern(dir *Node, name string, f *found, epoch uint32, mine bool) *Node {
+	if fs.handleTable != nil {
+		fs.numbered(dir, name, f)
+	}
 	t := fs.table
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -48,6 +51,9 @@ func (fs *FS) intern(dir *Node, name string, f *found, epoch uint32, mine bool) 
 		}
 	}
 	if n == nil {
+		if fs.handleTable != nil && !f.numbered {
+			return nil // its node was there, and was forgotten just now
+		}
 		n = fs.newNode(dir, name, f)
 		t.add(n, byName)
 	}
@@ -99,10 +105,15 @@ func (fs *FS) same(n, dir *Node, name string, f *found) bool {
 	return !n.isDir() || n.parent == dir && n.name == name
 }
 
-// newNode makes a node; t.mu is held.
+// newNode makes a node; t.mu is held. dir is nil for one that is found by its number.
 func (fs *FS) newNode(dir *Node, name string, f *found) *Node {
-	n := &Node{typ: f.st.Type(), parent: dir, name: name}
-	dir.holds++
+	n := &Node{typ: f.st.Type(), parent: dir, name: name, generation: fs.generation}
+	if f.number != 0 && fs.table.byID[f.number] == nil {
+		n.id, n.generation = f.number, f.generation
+	}
+	if dir != nil {
+		dir.holds++
+	}
 	flags := ownGuards(&f.st)
 	if f.upper {
 		flags |= inUpper
@@ -173,7 +184,7 @@ func (fs *FS) shownIno(dir *Node, name string, f *found) uint64 {
 // renew tells a node where it was found, if it may have other names in the upper,
 // and nothing has changed since.
 func (fs *FS) renew(n, dir *Node, name string, f *found, epoch uint32, mine bool) {
-	if !f.upper || f.st.Nlink < 2 || n.isDir() || n.has(isIndexed) {
+	if !f.upper || f.st.Nlink < 2 || n.isDir() || n.has(isIndexed|byHandle) {
 		return
 	}
 	n.mu.Lock()
@@ -211,10 +222,17 @@ func (fs *FS) addName(n, dir *Node, name string) {
 
 // add makes a node findable; t.mu is held.
 func (t *table) add(n *Node, byName bool) {
-	t.last++
-	n.id = t.last
-	t.byID[n.id] = n
+	t.identify(n)
 	t.link(n, byName)
+}
+
+// identify gives a node an ID, if it has none yet; t.mu is held.
+func (t *table) identify(n *Node) {
+	if n.id == 0 {
+		t.last++
+		n.id = t.last
+	}
+	t.byID[n.id] = n
 }
 
 func (t *table) link(n *Node, byName bool) {

@@ -55,7 +55,11 @@ func (fs *FS) linked(n, dir *Node, name string) {
 	t := fs.table
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if n.has(isIndexed) {
+	if n.has(isIndexed | byHandle) {
+		if n.has(isDead) {
+			n.clear(isDead)
+			t.link(n, false)
+		}
 		return
 	}
 	if n.has(isDead | noName) {
@@ -150,14 +154,15 @@ func (fs *FS) tmpEntry(dir *Node, fd int) (Entry, error) {
 	if err != nil {
 		return Entry{}, err
 	}
+	if fs.handleTable != nil {
+		fs.numberedOpen(fd, &f)
+	}
 	t := fs.table
 	t.mu.Lock()
 	n := fs.newNode(dir, "", &f)
 	n.set(isDead)
 	n.more = &fileState{fd: own}
-	t.last++
-	n.id = t.last
-	t.byID[n.id] = n
+	t.identify(n)
 	n.refs++
 	t.mu.Unlock()
 	e := Entry{Node: n}

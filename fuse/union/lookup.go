@@ -33,17 +33,19 @@ type found struct {
 
 	lowers   []*realDir // of a directory
 	lowerIno uint64     // the first one's
+
+	numbered   bool   // Config.NFSExport: it was looked which number it has
+	number     uint64 // by which it comes back; 0: none
+	generation uint32
 }
 
-// Lookup finds a name; ENOENT where there is none. "." and ".." are for file
-// handles (export).
+// Lookup finds a name; ENOENT where there is none. ".." is for file handles, as
+// Recall is.
 func (fs *FS) Lookup(dir *Node, name string) (Entry, error) {
 	if !dir.isDir() {
 		return Entry{}, syscall.ENOTDIR
 	}
 	switch {
-	case name == ".":
-		return fs.entry(dir)
 	case name == "..":
 		dir.mu.Lock()
 		parent := dir.parent

@@ -23,6 +23,8 @@ type Node struct {
 	opens  atomic.Int32 // open Files
 	typ    uint32       // S_IFMT
 
+	generation uint32 // see Generation; does not change
+
 	// Under FS.table.
 	refs  uint64 // what Forget gives back
 	holds int32  // children in memory, open files, calls under way
@@ -54,6 +56,7 @@ const (
 	guardsKnown                    // the two that follow are
 	isImmutable
 	isAppend
+	byHandle // came back by its number, and is found by that alone: no parent, no name
 )
 
 // Values of Node.key.
@@ -160,6 +163,9 @@ func (fs *FS) locate(n *Node, p *place) (err error) {
 		p.dir, err = fs.real(n.dir.lowers[0])
 		p.name = "."
 		p.ino = n.dir.lowers[0].ino
+	case !p.upper && n.has(byHandle):
+		p.ino = n.lowIno
+		return fs.openByHandle(n, p)
 	case !p.upper:
 		p.dir, err = fs.real(low.dir)
 		p.name = low.name
@@ -173,6 +179,8 @@ func (fs *FS) locate(n *Node, p *place) (err error) {
 	case n.has(isIndexed):
 		p.fd, p.name = fs.upper.index.Int(), more.index.name
 		return nil
+	case n.has(byHandle):
+		return fs.openByHandle(n, p)
 	default:
 		p.dir, err = fs.upperDir(parent)
 		p.name = name

@@ -128,6 +128,9 @@ func (d *Dir) Fsync() error {
 		return err
 	}
 	defer sys.CloseBare(fd)
+	if err := d.fs.handleTable.sync(); err != nil {
+		return err
+	}
 	return sys.FsyncBare(fd, false)
 }
 

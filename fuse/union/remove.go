@@ -27,6 +27,7 @@ func (fs *FS) removeName(dir *Node, name string, wantDir bool) error {
 	if err := fs.unguarded(dir, isAppend); err != nil {
 		return err
 	}
+	defer fs.takesNames()()
 	if !dir.has(inUpper) {
 		// Nothing is copied up for what is not there or cannot go.
 		var v victim
@@ -231,7 +232,7 @@ const maxSpare = 1024
 // known by, if somebody has it open, may be opening it, or other names may be left.
 func (fs *FS) keepOpen(n, dir *Node, name string, last bool) error {
 	n.mu.Lock()
-	known := n.parent == dir && n.name == name && !n.has(noName) || n.has(isIndexed) && last
+	known := n.parent == dir && n.name == name && !n.has(noName) || n.has(isIndexed|byHandle) && last
 	others := n.more != nil && len(n.more.alts) > 0
 	have := n.more != nil && n.more.fd >= 0
 	n.mu.Unlock()
@@ -278,7 +279,7 @@ func (fs *FS) lost(dir *Node, name string, v *victim) {
 		fs.leaveIndex(n)
 		return
 	}
-	if n.has(isIndexed) {
+	if n.has(isIndexed | byHandle) {
 		return
 	}
 	n.mu.Lock()

@@ -46,6 +46,7 @@ func (fs *FS) Rename(c Caller, olddir *Node, oldname string, newdir *Node, newna
 	if err := fs.unguarded(olddir, isAppend); err != nil {
 		return err
 	}
+	defer fs.takesNames()()
 	m := &move{fs: fs, olddir: olddir, oldname: oldname, newdir: newdir, newname: newname,
 		exchange: flags&sys.RENAME_EXCHANGE != 0, noreplace: flags&sys.RENAME_NOREPLACE != 0}
 	if !olddir.has(inUpper) || !newdir.has(inUpper) {

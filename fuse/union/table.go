@@ -129,6 +129,9 @@ func (n *Node) realKey() realKey {
 // free lets go what nodes had that are in no table any more.
 func (fs *FS) free(gone []*Node) {
 	for _, n := range gone {
+		if fs.handleTable != nil && n.has(isDead) {
+			fs.handleTable.drop(n.id)
+		}
 		if n.dir != nil {
 			fs.dirs.drop(&n.dir.up)
 			for _, r := range n.dir.lowers {

@@ -1,6 +1,7 @@
 package uniontest
 
 import (
+	"fmt"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -125,43 +126,140 @@ var lockCases = map[string]func(*Kit){
 		k.that(n > 2*unix.SizeofInotifyEvent, "%d bytes of events", n)
 	},
 	"file handles with nfs_export=on": func(k *Kit) {
-		k.needRoot("open_by_handle_at")
-		k.unread = "of an indexed file with one name the kernel shows one link until it forgets the inode, then two"
-		k.options("index=on", "nfs_export=on")
+		k.exports()
 		k.union(file("d/f", "low"), file("g", "low g"), dir("e"))
 		k.write("new", "up")
 		k.chmod("g", 0o600)
-		handles := map[string]unix.FileHandle{}
-		for _, p := range []string{"d/f", "g", "new", "d", "e"} {
-			h, _, err := unix.NameToHandleAt(unix.AT_FDCWD, k.p(p), 0)
-			k.ok(err)
-			handles[p] = h
-		}
-		open := func(p, when string) {
-			k.Helper()
-			root := k.open(".", unix.O_RDONLY|unix.O_DIRECTORY)
-			fdn, err := unix.OpenByHandleAt(fd(root), handles[p], unix.O_RDONLY)
-			k.ok(named("open_by_handle_at "+when, p, err))
-			f := os.NewFile(uintptr(fdn), p)
-			defer f.Close()
-			st, err := f.Stat()
-			k.ok(err)
-			want, err := os.Stat(k.p(p))
-			k.ok(err)
-			k.that(os.SameFile(st, want), "%s by its handle is another file", p)
-		}
-		for p := range handles {
-			open(p, "at once")
+		handles := k.handles("d/f", "g", "new", "d", "e")
+		for p, h := range handles {
+			k.opens(h, p)
 		}
 		k.chmod("d/f", 0o600)
 		k.dropCaches()
-		for p := range handles {
-			open(p, "after caches were dropped")
+		for p, h := range handles {
+			k.opens(h, p)
 		}
 		k.unlink("new")
-		root := k.open(".", unix.O_RDONLY|unix.O_DIRECTORY)
-		_, err := unix.OpenByHandleAt(fd(root), handles["new"], unix.O_RDONLY)
-		k.is(unix.ESTALE, err)
+		k.staleHandle(handles["new"])
+	},
+	"file handles outlive a restart": func(k *Kit) {
+		k.exports()
+		k.union(file("d/f", "low"), file("d/s/t/deep", "deep"), symlink("g", "l"), file("g", "low g"))
+		k.write("d/new", "up")
+		k.makedir("d/own")
+		k.chmod("g", 0o600)
+		handles := k.handles("d/f", "d/s/t/deep", "l", "g", "d", "d/s/t", "d/new", "d/own")
+		k.remount()
+		for p, h := range handles {
+			k.opens(h, p)
+		}
+		k.unlink("d/f")
+		k.unlink("d/new")
+		k.remount()
+		k.staleHandle(handles["d/f"])
+		k.staleHandle(handles["d/new"])
+		k.opens(handles["d/own"], "d/own")
+	},
+	"file handles follow what they are of": func(k *Kit) {
+		k.exports()
+		k.options("redirect_dir=on")
+		k.union(file("d/f", "low"), file("d/s/g", "low g"), file("a", "low a"), link("a", "b"))
+		k.write("new", "up")
+		handles := k.handles("d/f", "d/s/g", "d", "d/s", "a", "new")
+		k.rename("d", "moved")
+		k.rename("a", "c")
+		k.rename("new", "moved/new")
+		k.chmod("moved/f", 0o600)
+		to := map[string]string{"d/f": "moved/f", "d/s/g": "moved/s/g", "d": "moved", "d/s": "moved/s", "a": "c", "new": "moved/new"}
+		for range 2 {
+			k.dropCaches()
+			for p, h := range handles {
+				k.opens(h, to[p])
+			}
+			k.opens(handles["a"], "b")
+			k.rename("moved/s", "s")
+			to["d/s"], to["d/s/g"] = "s", "s/g"
+			k.remount()
+			for p, h := range handles {
+				k.opens(h, to[p])
+			}
+			k.rename("s", "moved/s")
+			to["d/s"], to["d/s/g"] = "moved/s", "moved/s/g"
+		}
+	},
+	"what a file handle leads to is written": func(k *Kit) {
+		k.exports()
+		k.union(file("d/f", "low"), file("d/t", "low"), file("d/m", "low"), file("d/gone", "low"), file("d/l", "low"))
+		k.write("d/new", "up")
+		handles := k.handles("d/f", "d/t", "d/m", "d/gone", "d/l", "d/new", "d")
+		k.dropCaches()
+		write := func(p, content string) {
+			k.Helper()
+			f, err := k.byHandle(handles[p], unix.O_RDWR)
+			k.ok(err)
+			defer f.Close()
+			_, err = f.WriteString(content)
+			k.ok(err)
+		}
+		write("d/f", "LOW")
+		write("d/new", "UP")
+		f, err := k.byHandle(handles["d/t"], unix.O_WRONLY|unix.O_TRUNC)
+		k.ok(err)
+		k.ok(f.Close())
+		m, err := k.byHandle(handles["d/m"], unix.O_RDONLY)
+		k.ok(err)
+		k.ok(m.Chmod(0o600))
+		k.ok(m.Close())
+		gone, err := k.byHandle(handles["d/gone"], unix.O_RDWR)
+		k.ok(err)
+		k.unlink("d/gone")
+		_, err = gone.WriteString("NO ")
+		k.ok(err)
+		k.readsFile(gone, "NO ")
+		k.ok(gone.Close())
+		k.reads("d/new", "UP")
+		k.absent("d/gone")
+		k.dropCaches() // the kernel's has EIO for what a name's inode is not copied up of
+		k.reads("d/f", "LOW")
+		// What has no name in the upper Linux 6.18 takes for an orphan at the next mount.
+		for _, p := range []string{"d/f", "d/t", "d/m"} {
+			k.rename(p, p+"2")
+			k.opens(handles[p], p+"2")
+		}
+		k.remount()
+		k.reads("d/f2", "LOW")
+		k.size("d/t2", 0)
+		k.mode("d/m2", 0o600)
+		k.absent("d/gone")
+		k.opens(handles["d/f"], "d/f2")
+		k.staleHandle(handles["d/gone"])
+	},
+	"a file handle never leads to another file": func(k *Kit) {
+		k.exports()
+		k.union(file("d/f", "low"))
+		var old []unix.FileHandle
+		for round := range 4 {
+			for i := range 50 {
+				p := fmt.Sprint("d/", i)
+				k.write(p, p)
+				old = append(old, k.handles(p)[p])
+			}
+			if round%2 == 0 {
+				k.dropCaches()
+			}
+			for i := range 50 {
+				k.unlink(fmt.Sprint("d/", i))
+			}
+			if round == 1 {
+				k.remount()
+			}
+		}
+		for i := range 50 { // inode numbers are used again
+			k.write(fmt.Sprint("d/", i), "another")
+		}
+		for _, h := range old {
+			k.staleHandle(h)
+		}
 	},
 	"file handles without nfs_export": func(k *Kit) {
 		k.union(file("f", "x"))
@@ -178,4 +276,69 @@ var lockCases = map[string]func(*Kit){
 		}
 		equal(k, "type", st.Type, want)
 	},
+}
+
+// exports mounts with file handles that last.
+func (k *Kit) exports() {
+	k.Helper()
+	k.needRoot("open_by_handle_at")
+	k.unread = "of an indexed file with one name the kernel shows one link until it forgets the inode, then two"
+	k.options("index=on", "nfs_export=on")
+}
+
+func (k *Kit) handles(paths ...string) map[string]unix.FileHandle {
+	k.Helper()
+	handles := map[string]unix.FileHandle{}
+	for _, p := range paths {
+		h, _, err := unix.NameToHandleAt(unix.AT_FDCWD, k.p(p), 0)
+		k.ok(named("name_to_handle_at", p, err))
+		handles[p] = h
+	}
+	return handles
+}
+
+func (k *Kit) byHandle(h unix.FileHandle, flags int) (*os.File, error) {
+	k.Helper()
+	root, err := os.Open(k.mnt)
+	k.ok(err)
+	defer root.Close()
+	n, err := unix.OpenByHandleAt(fd(root), h, flags|unix.O_CLOEXEC)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(n), "by handle"), nil
+}
+
+// opens says that a handle leads to what is at p.
+func (k *Kit) opens(h unix.FileHandle, p string) {
+	k.Helper()
+	f, err := k.byHandle(h, unix.O_PATH)
+	k.ok(named("open_by_handle_at", p, err))
+	defer f.Close()
+	st, err := f.Stat()
+	k.ok(err)
+	want, err := os.Lstat(k.p(p))
+	k.ok(err)
+	k.that(os.SameFile(st, want), "%s by its handle is another file", p)
+	if !st.Mode().IsRegular() {
+		return
+	}
+	f, err = k.byHandle(h, unix.O_RDONLY)
+	k.ok(err)
+	defer f.Close()
+	content, err := os.ReadFile(k.p(p))
+	k.ok(err)
+	k.readsFile(f, string(content))
+}
+
+// staleHandle says that a handle leads nowhere.
+func (k *Kit) staleHandle(h unix.FileHandle) {
+	k.Helper()
+	f, err := k.byHandle(h, unix.O_PATH)
+	if err == nil {
+		st, _ := f.Stat()
+		f.Close()
+		k.Fatalf("the handle of what is gone leads to %+v", st)
+	}
+	k.is(unix.ESTALE, err)
 }

@@ -86,6 +86,17 @@ var mountCases = map[string]func(*Kit){
 		k.spec.LowerDir = ""
 		k.unread = "nothing was mounted"
 	},
+	"nfs_export=on without index": func(k *Kit) {
+		k.needRoot("nfs_export=on")
+		k.lower(file("a", "1"))
+		k.options("nfs_export=on")
+		k.refused(unix.EINVAL)
+	},
+	"nfs_export=on with metacopy": func(k *Kit) {
+		k.lower(file("a", "1"))
+		k.options("nfs_export=on", "index=on", "metacopy=on")
+		k.refused(unix.EINVAL)
+	},
 	"a lower that is not there": func(k *Kit) {
 		k.lower(file("a", "1"))
 		k.before = [][]string{}

@@ -56,9 +56,6 @@ func program(t *testing.T) *Subject {
 		t.Fatal(err)
 	}
 	s := Program(path, "aufs_whiteouts=0", "dev", "suid")
-	s.Defects = map[string]string{
-		"ext4/locks/file_handles_with_nfs_export=on": "handles do not outlive the kernel's memory of a file",
-	}
 	return s
 }
 
