@@ -81,7 +81,7 @@ func (l *layerDir) checkCommit(r drivers.Ref) error {
 // the next Create on the layer, or goes with it. So do snapshots that killed diffs
 // of it left.
 func (d *driver) dropSource(l *layerDir) {
-	l.sweepSnapshots(context.Background())
+	l.sweepSnapshots(d.destroyer(context.Background()))
 	if there, err := l.Fd.Exists(string(writable)); err != nil || !there {
 		return
 	}

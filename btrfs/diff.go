@@ -36,6 +36,9 @@ var errStopped = errors.New("stopped")
 
 func (d *driver) diff(ctx context.Context, from, to drivers.Ref, yield func(layer.Change, error) bool) error {
 	send := d.admin && from.ID != 0 && bottom(from) == bottom(to)
+	if send && d.quota != ioctl.QuotaOff {
+		_ = d.dropQgroups(someQgroups) // of the snapshots of earlier ones
+	}
 	b, err := d.still(ctx, to, send)
 	if err != nil {
 		return err
@@ -135,7 +138,7 @@ func (d *driver) still(ctx context.Context, r drivers.Ref, send bool) (*stillTre
 		err = refuseNested(tree)
 	}
 	if err == nil && send {
-		err = l.hold(ctx, t)
+		err = l.hold(d.destroyer(context.WithoutCancel(ctx)), t)
 		if t.live = noRoom(err); t.live {
 			err = nil
 		}
@@ -151,7 +154,7 @@ func (d *driver) still(ctx context.Context, r drivers.Ref, send bool) (*stillTre
 func noRoom(err error) bool { return drivers.IsFull(err) || errors.Is(err, syscall.EROFS) }
 
 // hold makes a tree one that can be sent.
-func (l *layerDir) hold(ctx context.Context, t *stillTree) error {
+func (l *layerDir) hold(r destroyer, t *stillTree) error {
 	ro, err := ioctl.ReadOnly(t.fd)
 	switch {
 	case err != nil || ro:
@@ -159,13 +162,13 @@ func (l *layerDir) hold(ctx context.Context, t *stillTree) error {
 	case l.kind != writable: // a view of nothing
 		return ioctl.SetReadOnly(t.fd, true)
 	}
-	l.sweepSnapshots(ctx)
-	return l.snapshot(ctx, t)
+	l.sweepSnapshots(r)
+	return l.snapshot(r, t)
 }
 
 // snapshot makes t a snapshot of it, in a directory of its own that is locked for
 // as long as it is in use: a directory that nobody holds was left by a crash.
-func (l *layerDir) snapshot(ctx context.Context, t *stillTree) error {
+func (l *layerDir) snapshot(r destroyer, t *stillTree) error {
 	name, dir, lock, err := l.snapshotDir()
 	if err != nil {
 		return err
@@ -177,7 +180,7 @@ func (l *layerDir) snapshot(ctx context.Context, t *stillTree) error {
 		return err
 	}
 	drop := func() {
-		_ = destroyer{ctx: context.WithoutCancel(ctx)}.layer(in, name)
+		_ = r.layer(in, name)
 		lock.Close()
 		dir.Close()
 		in.Close()
@@ -228,7 +231,7 @@ func (l *layerDir) snapshotDir() (name string, dir *sys.Fd, lock *sys.Lock, err 
 }
 
 // sweepSnapshots deletes the snapshots of diffs that were killed.
-func (l *layerDir) sweepSnapshots(ctx context.Context) {
+func (l *layerDir) sweepSnapshots(r destroyer) {
 	names, err := l.ReadDir()
 	if err != nil {
 		return
@@ -242,7 +245,7 @@ func (l *layerDir) sweepSnapshots(ctx context.Context) {
 			continue
 		}
 		if lock, err := dir.TryLock(sys.LockExclusive); err == nil {
-			_ = destroyer{ctx: context.WithoutCancel(ctx)}.layer(l.Fd, e.Name)
+			_ = r.layer(l.Fd, e.Name)
 			lock.Close()
 		}
 		dir.Close()

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -187,6 +188,35 @@ func TestWaitFreed(t *testing.T) {
 		}
 		if _, err := ioctl.Qgroup(root, number); !errors.Is(err, syscall.ENOENT) {
 			h.Errorf("the qgroup 0/%d is left: %v", number, err)
+		}
+	})
+}
+
+// Before Linux 6.11 the kernel never dropped the qgroup of the snapshot that a diff of
+// an active layer takes: each left one for good.
+func TestQgroupOfADiffIsDropped(t *testing.T) {
+	withQuota(t, func(h *history, _ ioctl.QuotaMode) {
+		root, err := sys.OpenDir(h.d.root)
+		h.must(err)
+		defer root.Close()
+		r, _ := h.create(drivers.Ref{}, drivers.CreateOptions{})
+		tree, err := h.d.still(h.ctx, r, true)
+		h.must(err)
+		number, err := ioctl.SubvolID(tree.fd)
+		tree.close()
+		h.must(err)
+		note := h.d.root + "/del/" + qgroupPrefix + strconv.FormatUint(number, 10)
+		if _, err := ioctl.Qgroup(root, number); err == nil { // the kernel keeps it for now
+			if _, err := os.Stat(note); err != nil {
+				h.Error(err)
+			}
+		}
+		h.must(h.d.WaitFreed(h.ctx))
+		if _, err := ioctl.Qgroup(root, number); !errors.Is(err, syscall.ENOENT) {
+			h.Errorf("the qgroup 0/%d is left: %v", number, err)
+		}
+		if _, err := os.Stat(note); !os.IsNotExist(err) {
+			h.Errorf("the note is left: %v", err)
 		}
 	})
 }

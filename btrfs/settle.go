@@ -84,7 +84,7 @@ func (d *driver) noteQgroup(subvol uint64) {
 	}
 }
 
-// someQgroups is how many notes a removal looks at, which makes two at most.
+// someQgroups is how many notes a removal or a diff looks at, which make two at most.
 const someQgroups = 4
 
 // dropQgroups looks at some of the noted ones and drops those that count nothing any

@@ -16,8 +16,8 @@ func (a *app) gcCommand() *cobra.Command {
 		Use: "gc", Short: "Free what nothing needs any more", Args: cobra.NoArgs,
 		Long: `Remove the bytes of snapshots that were removed while they were in use, leftovers
 of interrupted work, and blobs that no image needs. btrfs frees the space of removed
-snapshots in the background; --wait returns when it is free, and drops the qgroups that
-deleted subvolumes left.`,
+snapshots in the background; --wait returns when it is free, not before the last file
+that is open in one is closed, and drops the qgroups that deleted subvolumes left.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return verbError(a.gc(cmd.Context(), wait), "gc") },
 	})
 	c.Flags().BoolVarP(&wait, "wait", "w", false, "until the space is free")
