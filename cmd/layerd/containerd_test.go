@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -66,11 +67,14 @@ type process struct {
 // start starts a program, whose output goes to a file of that name.
 func (e *world) start(name string, args ...string) *process {
 	e.t.Helper()
-	p := &process{t: e.t, name: name, cmd: exec.Command(args[0], args[1:]...), log: filepath.Join(e.dir, name+".log"), done: make(chan struct{})}
+	p := &process{t: e.t, name: name, cmd: exec.Command(e.look(args[0]), args[1:]...), log: filepath.Join(e.dir, name+".log"), done: make(chan struct{})}
 	out, err := os.OpenFile(p.log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	must(e.t, err)
 	defer out.Close()
 	p.cmd.Stdout, p.cmd.Stderr, p.cmd.Env = out, out, e.env
+	if e.inherit != nil {
+		p.cmd.ExtraFiles = []*os.File{e.inherit}
+	}
 	must(e.t, p.cmd.Start())
 	go func() {
 		_ = p.cmd.Wait()
@@ -110,21 +114,39 @@ type world struct {
 	env        []string
 	layerd     *process
 	containerd *process
-	config     string // of containerd
-	settings   string // of layerd
+	config     string   // of containerd
+	settings   string   // of layerd
+	inherit    *os.File // as descriptor 3, if not nil
+}
+
+// newLayerd starts a layerd alone, on a store in fs.
+func newLayerd(t *testing.T, fs string) *world {
+	t.Helper()
+	e := prepare(t, fs, "")
+	e.write(e.settings, e.layerdConfig(""))
+	e.startLayerd()
+	t.Cleanup(func() { e.layerd.end(syscall.SIGTERM) })
+	return e
+}
+
+func prepare(t *testing.T, fs, bin string) *world {
+	t.Helper()
+	testenv.Root(t)
+	e := &world{t: t, dir: testenv.Scratch(t), root: filepath.Join(fs, "store")}
+	e.settings = filepath.Join(e.dir, "layerd.toml")
+	must(t, os.MkdirAll(filepath.Join(e.dir, "bin"), 0o755))
+	e.copyProgram()
+	e.env = append(os.Environ(), "PATH="+filepath.Join(e.dir, "bin")+":"+bin+":"+os.Getenv("PATH")+":/usr/sbin:/sbin",
+		"GORACE=atexit_sleep_ms=0", "XDG_RUNTIME_DIR=")
+	return e
 }
 
 // newWorld starts both; bin holds containerd's programs, "" is Debian's.
 func newWorld(t *testing.T, fs, bin string) *world {
 	t.Helper()
-	testenv.Root(t)
 	testenv.Program(t, "runc", "runc")
 	testenv.Program(t, "containerd", "containerd")
-	e := &world{t: t, dir: testenv.Scratch(t), root: filepath.Join(fs, "store")}
-	must(t, os.MkdirAll(filepath.Join(e.dir, "bin"), 0o755))
-	e.copyProgram()
-	e.env = append(os.Environ(), "PATH="+filepath.Join(e.dir, "bin")+":"+bin+":"+os.Getenv("PATH")+":/usr/sbin:/sbin",
-		"GORACE=atexit_sleep_ms=0", "XDG_RUNTIME_DIR=")
+	e := prepare(t, fs, bin)
 	must(t, syscall.Mount("tmpfs", runtimeDir(t), "tmpfs", 0, "")) // where shims have their sockets, whatever the configuration
 	t.Cleanup(func() {
 		if err := syscall.Unmount("/run/containerd", syscall.MNT_DETACH); err != nil {
@@ -162,19 +184,29 @@ func (e *world) copyProgram() {
 	must(e.t, os.WriteFile(filepath.Join(e.dir, "bin", "layerd"), b, 0o755))
 }
 
-func (e *world) configure(fs string) {
-	e.settings = filepath.Join(e.dir, "layerd.toml")
-	must(e.t, os.WriteFile(e.settings, fmt.Appendf(nil, `root = %q
+// layerdConfig is layerd's configuration, with more before its first table.
+func (e *world) layerdConfig(more string) string {
+	return fmt.Sprintf(`root = %q
 stop_timeout = "50s"
+%s
 [listen]
-address = "%[2]s/layerd.sock"
+address = "%[3]s/layerd.sock"
 [log]
 level = "debug"
 [diff]
-containerd_address = "%[2]s/c.sock"
+containerd_address = "%[3]s/c.sock"
 [metrics]
-address = "%[2]s/metrics.sock"
-`, e.root, e.dir), 0o644))
+address = "%[3]s/metrics.sock"
+`, e.root, more, e.dir)
+}
+
+func (e *world) write(path, text string) {
+	e.t.Helper()
+	must(e.t, os.WriteFile(path, []byte(text), 0o644))
+}
+
+func (e *world) configure(fs string) {
+	e.write(e.settings, e.layerdConfig(""))
 	drop := filepath.Join(e.dir, "layerd-containerd.toml")
 	must(e.t, os.WriteFile(drop, []byte(e.run("layerd", "-c", e.settings, "config", "containerd", "--parallel-unpacks", "3")), 0o644))
 	e.config = filepath.Join(e.dir, "containerd.toml")
@@ -205,6 +237,9 @@ func (e *world) startContainerd() {
 
 // look finds a program in the world's PATH.
 func (e *world) look(name string) string {
+	if filepath.IsAbs(name) {
+		return name
+	}
 	for _, v := range slices.Backward(e.env) {
 		if path, ok := strings.CutPrefix(v, "PATH="); ok {
 			for dir := range strings.SplitSeq(path, ":") {
@@ -228,7 +263,10 @@ func (e *world) waitFor(p *process, sock string) {
 			e.t.Fatalf("%s ended: %v:\n%s", p.name, p.cmd.ProcessState, p.tail())
 		default:
 		}
-		_, err := os.Stat(sock)
+		c, err := net.Dial("unix", sock) // the file may be a dead one's
+		if err == nil {
+			c.Close()
+		}
 		return err
 	})
 }

@@ -73,14 +73,11 @@ func (d *Differ) owner(ctx context.Context, ms []mount.Mount) (snapshot.Record, 
 	return r, err
 }
 
-// keep returns a context under whose lease what is written is kept: the request's,
+// keep takes what forward returned, and returns a context under whose lease what is written is kept: the request's,
 // or else one that expires. done is told whether anything was written.
 func (d *Differ) keep(ctx context.Context) (_ context.Context, done func(written bool), err error) {
 	done = func(bool) {}
-	if id, ok := leases.FromContext(ctx); ok {
-		return leases.WithLease(ctx, id), done, nil
-	}
-	if d.o.Leases == nil {
+	if _, ok := leases.FromContext(ctx); ok || d.o.Leases == nil {
 		return ctx, done, nil
 	}
 	l, err := d.o.Leases.Create(ctx, leases.WithRandomID(), leases.WithExpiration(d.o.Lease))

@@ -8,22 +8,28 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/diff"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/internal/testimage"
 	"github.com/layerctl/layerctl/layer"
+	"github.com/layerctl/layerctl/snapshot/service"
 )
 
 // memoryLabels are the labels of a content store.
@@ -350,4 +356,115 @@ func TestCancel(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	must(t, s.Remove(ctx, "key")) // waits for the layer's lock, if the call still has it
+}
+
+// TestSourceDateEpoch: nothing in a diff is younger than the request says.
+func TestSourceDateEpoch(t *testing.T) {
+	testenv.Root(t)
+	ctx := inNamespace(t)
+	f := serve(t, testenv.Scratch(t))
+	s := f.snapshotter("layerd-overlay")
+	must(t, f.unpack(ctx, s, f.standard()[0], "base", "")) // of 2025
+	for _, epoch := range []time.Time{time.Unix(1_000_000_000, 5), time.Unix(4_000_000_000, 0)} {
+		d, err := f.differ().Compare(ctx, nil, viewOf(t, s, "base"), diff.WithSourceDateEpoch(&epoch), diff.WithMediaType(ocispec.MediaTypeImageLayer))
+		must(t, err)
+		clamped := 0
+		for tr := tar.NewReader(bytes.NewReader(f.blob(d))); ; {
+			h, err := tr.Next()
+			if err == io.EOF {
+				break
+			}
+			must(t, err)
+			if h.ModTime.After(epoch) {
+				t.Errorf("%s is of %v", h.Name, h.ModTime)
+			}
+			if h.ModTime.Equal(epoch) {
+				clamped++
+			}
+		}
+		if (clamped > 10) != (epoch.Unix() == 1_000_000_000) {
+			t.Errorf("%v: %d entries have that time", epoch, clamped)
+		}
+	}
+}
+
+// leaseList is a containerd's leases.
+type leaseList struct {
+	leases.Manager
+	mu      sync.Mutex
+	created []leases.Lease
+	deleted []string
+}
+
+func (l *leaseList) Create(ctx context.Context, opts ...leases.Opt) (leases.Lease, error) {
+	var n leases.Lease
+	for _, o := range opts {
+		if err := o(&n); err != nil {
+			return n, err
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.created = append(l.created, n)
+	return n, nil
+}
+
+func (l *leaseList) Delete(_ context.Context, n leases.Lease, _ ...leases.DeleteOpt) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.deleted = append(l.deleted, n.ID)
+	return nil
+}
+
+// leased is a content store that notes under which lease it is written to, as it
+// goes over the wire.
+type leased struct {
+	content.Store
+	under *[]string
+}
+
+func (l leased) Writer(ctx context.Context, opts ...content.WriterOpt) (content.Writer, error) {
+	md, _ := metadata.FromOutgoingContext(ctx)
+	*l.under = append(*l.under, strings.Join(md.Get(leases.GRPCHeader), ","))
+	if ns := md.Get(namespaces.GRPCHeader); !slices.Contains(ns, "test") {
+		return nil, fmt.Errorf("namespace %q", ns)
+	}
+	return l.Store.Writer(ctx, opts...)
+}
+
+// TestLease: content is written under the request's lease; without one it gets a
+// lease that expires, which goes at once if nothing was written.
+func TestLease(t *testing.T) {
+	testenv.Root(t)
+	f := serve(t, testenv.Scratch(t))
+	s := f.snapshotter("layerd-native")
+	ms, err := s.Prepare(t.Context(), "key", "")
+	must(t, err)
+	var under []string
+	l := &leaseList{}
+	d := service.NewDiffer(service.DifferOptions{Store: f.store, Content: leased{f.content, &under}, Leases: l, Lease: time.Hour})
+	ctx := inNamespace(t)
+	_, err = d.Compare(leases.WithLease(ctx, "theirs"), nil, ms) // a call in this process has its own header, too
+	must(t, err)
+	if len(l.created) > 0 || !slices.Equal(under, []string{"theirs,theirs"}) {
+		t.Errorf("with a lease: created %v, written under %q", l.created, under)
+	}
+	under = nil
+	_, err = d.Compare(ctx, nil, ms)
+	must(t, err)
+	if len(l.created) != 1 || len(l.deleted) > 0 || !slices.Equal(under, []string{l.created[0].ID}) {
+		t.Fatalf("without: created %v, deleted %v, written under %q", l.created, l.deleted, under)
+	}
+	expires, err := time.Parse(time.RFC3339, l.created[0].Labels["containerd.io/gc.expire"])
+	if err != nil || time.Until(expires) > time.Hour || time.Until(expires) < 30*time.Minute {
+		t.Errorf("expires %v, %v", expires, err)
+	}
+	gone, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, err = d.Compare(gone, nil, ms); err == nil {
+		t.Error("a cancelled diff")
+	}
+	if len(l.created) != len(l.deleted)+1 {
+		t.Errorf("after an error: created %v, deleted %v", l.created, l.deleted)
+	}
 }
