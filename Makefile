@@ -11,7 +11,7 @@ ifeq ($(shell id -u),0)
 export LAYERCTL_EXPECT := root
 endif
 
-.PHONY: test-btrfs-profiles differential test-vm all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman suite-podman-times images install man clean
+.PHONY: test-btrfs-profiles test-power-cuts differential test-vm all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman suite-podman-times images install man clean
 
 all: build
 
@@ -60,6 +60,11 @@ fuzz-long: ## every fuzz target for ten minutes
 
 test-vm: deps ## tests on kernels that have device-mapper, project quota, an older overlayfs: in virtual machines
 	scripts/test-vm.sh
+
+test-power-cuts: deps ## slow: a recorded history of a thin pool's layers, cut at 1,200 flushes, in a virtual machine
+	CGO_ENABLED=0 $(GO) build -o $(BIN)/vm ./internal/testenv/vm/cmd
+	LAYERCTL_EXPECT_DM=1 LAYERCTL_CUT_STEPS=30 LAYERCTL_CUT_POINTS=600 $(GO) test -count=1 -timeout 60m \
+		-exec "$(CURDIR)/$(BIN)/vm -kernel new -timeout 60m -memory 3072" -run TestPowerCutAtEveryFlush -v ./devmapper
 
 test-btrfs-profiles: deps ## slow, needs root: the btrfs driver on 4 KiB nodes, DUP, zstd, qgroups, simple quotas, nearly full
 	scripts/btrfs-profiles.sh
