@@ -28,9 +28,9 @@ const containerdHelp = `Print what containerd has to be told to use layerd, for 
 installed here: a drop-in for /etc/containerd/conf.d, with a proxy plugin for
 each snapshotter whose driver works here, and one for the differ.
 
-containerd reads drop-ins where its config.toml has
-imports = ["/etc/containerd/conf.d/*.toml"], which newer ones have without being
-told. containerd 1.6 can use the snapshotters alone: it knows no differ of others.`
+containerd reads drop-ins if there is an /etc/containerd/config.toml that has
+imports = ["/etc/containerd/conf.d/*.toml"] before its first table. containerd 1.6
+can use the snapshotters alone: it knows no differ of others.`
 
 // containerdVersion is what is known of a containerd.
 type containerdVersion struct {
@@ -68,7 +68,7 @@ type dropInView struct {
 var dropInTemplate = template.Must(template.New("").Funcs(template.FuncMap{"quote": strconv.Quote, "list": tomlList}).Parse(
 	`# layerd's snapshotters{{if .Diff}} and differ{{end}}, for containerd {{.Containerd.Text}}.
 # Printed by "layerd config containerd"; put it into /etc/containerd/conf.d/layerd.toml.
-# containerd reads it if its config.toml has
+# containerd reads it if there is a config.toml that has, before its first table,
 #   imports = ["/etc/containerd/conf.d/*.toml"]
 {{- if not .Capable}}
 # This containerd knows no differs of others: its own one unpacks and diffs.
