@@ -38,14 +38,7 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 		l.Thin = origin
 		return d.write(roots.Layers, r.ID, l)
 	}
-	made := false // from then on there is something to clean up
-	err = d.pool.Exclusive(ctx, func(c *thin.Change) error {
-		if err := d.refuseExisting(r.ID); err != nil {
-			return err
-		}
-		made = true
-		return d.snapshot(ctx, c, r.ID, l, origin)
-	})
+	recorded, err := d.snapshot(ctx, r.ID, l, origin)
 	if err == nil {
 		err = drivers.Step(ctx, "devmapper: create: transaction set")
 	}
@@ -55,7 +48,7 @@ func (d *driver) create(ctx context.Context, r drivers.Ref, o drivers.CreateOpti
 	if err == nil {
 		err = d.move(r.ID, roots.New, roots.Layers) // a cut may lose the layer whole
 	}
-	if err != nil && made { // what this cannot delete Remove can
+	if err != nil && recorded { // what this cannot delete Remove can
 		_ = d.destroy(context.WithoutCancel(ctx), roots.New, r.ID)
 	}
 	return err
@@ -141,37 +134,6 @@ func (d *driver) refuseExisting(id drivers.ID) error {
 			return fmt.Errorf("is in %s: %w", name, errdefs.ErrAlreadyExists)
 		}
 	}
-	return nil
-}
-
-// snapshot records the layer in new, takes the snapshot and sets the pool's
-// transaction.
-func (d *driver) snapshot(ctx context.Context, c *thin.Change, id drivers.ID, l *record, origin uint32) error {
-	s, err := d.pool.Status()
-	if err != nil {
-		return err
-	}
-	l.Tx = s.Transaction + 1
-	err = d.takeID(c, func(thinID uint32) error {
-		l.Thin = thinID
-		if err := d.write(roots.New, id, l); err != nil {
-			return err
-		}
-		if err := drivers.Step(ctx, "devmapper: create: recorded"); err != nil {
-			return err
-		}
-		return c.CreateSnap(thinID, origin)
-	})
-	if err != nil {
-		return err
-	}
-	if err := drivers.Step(ctx, "devmapper: create: snapshot made"); err != nil {
-		return err
-	}
-	if err := c.SetTransaction(s.Transaction, l.Tx); err != nil {
-		return err
-	}
-	d.reached(l.Tx)
 	return nil
 }
 

@@ -33,6 +33,7 @@ type driver struct {
 	template template // of layers without parent; immutable once open
 	caps     drivers.Capabilities
 
+	burst burst           // Creates that wait for the pool
 	used  map[uint32]bool // guarded by the pool's Exclusive: ids in use; nil: not known
 	tx    atomic.Uint64   // a transaction that the pool has reached
 	swept atomic.Int64    // when idle devices were last looked for, in Unix seconds

@@ -76,6 +76,16 @@ func ReadJSON(dir *sys.Fd, name string, v any) error {
 // WriteJSON replaces a record in one step; it is on the disk when it returns. A
 // crash may leave ".NAME" beside it.
 func WriteJSON(dir *sys.Fd, name string, v any) error {
+	err := ReplaceJSON(dir, name, v)
+	if err == nil {
+		err = dir.Sync()
+	}
+	return err
+}
+
+// ReplaceJSON is WriteJSON without the flush of the directory: a cut may undo it, and
+// never leaves a name without its content.
+func ReplaceJSON(dir *sys.Fd, name string, v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return err
@@ -93,9 +103,8 @@ func WriteJSON(dir *sys.Fd, name string, v any) error {
 	if err == nil {
 		err = dir.Rename(next, dir, name, 0)
 	}
-	if err == nil {
-		return dir.Sync()
+	if err != nil {
+		_ = dir.Unlink(next, 0)
 	}
-	_ = dir.Unlink(next, 0)
 	return err
 }
