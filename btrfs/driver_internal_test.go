@@ -7,6 +7,7 @@ import (
 	"iter"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -258,30 +259,38 @@ func TestSubvolumeDeletedBehindOurBack(t *testing.T) {
 	}
 }
 
-// A store that was copied file by file has directories where subvolumes were: check
-// found nothing, calls said "invalid argument" or "permission denied", and no layer
+// A store that was copied file by file, or stands in a snapshot of the subvolume around
+// it, has directories where subvolumes were: check found nothing, calls said "invalid
+// argument" or "permission denied", or took the layer for an empty one, and no layer
 // could be removed.
-func TestStoreThatWasCopiedFileByFile(t *testing.T) {
+func TestStoreWithoutItsSubvolumes(t *testing.T) {
 	h := fixture(t)
 	base := h.script(drivers.Ref{}, "mkdir d; echo 1 >d/f")
-	r, _ := h.create(base, drivers.CreateOptions{})
-	h.must(exec.Command("cp", "-a", h.d.root, h.d.root+"2").Run())
-	c := newHistory(t, h.d.root+"2")
-	for _, r := range []drivers.Ref{base, r} {
-		_, err := c.d.Mounts(h.ctx, r, drivers.MountOptions{})
-		_, commitErr := c.d.Commit(h.ctx, r, drivers.CommitOptions{})
-		createErr := c.d.Create(h.ctx, drivers.Ref{ID: 99, Parents: []drivers.ID{r.ID}}, drivers.CreateOptions{})
-		for _, err := range []error{err, commitErr, createErr, firstOf(c.d.Diff(h.ctx, drivers.Ref{}, r))} {
-			if !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), "no subvolume") {
-				t.Errorf("%v, want ErrDataLoss that says why", err)
+	active, _ := h.create(base, drivers.CreateOptions{})
+	around := filepath.Dir(h.d.root)
+	h.must(exec.Command("cp", "-a", h.d.root, around+"/copy").Run())
+	fd, err := sys.OpenDir(around)
+	h.must(err)
+	defer fd.Close()
+	h.must(ioctl.Snapshot(fd, fd, "snapshot", false))
+	for _, root := range []string{around + "/copy", around + "/snapshot/r"} {
+		c := newHistory(t, root)
+		for _, r := range []drivers.Ref{base, active} {
+			_, mountErr := c.d.Mounts(h.ctx, r, drivers.MountOptions{})
+			_, commitErr := c.d.Commit(h.ctx, r, drivers.CommitOptions{})
+			createErr := c.d.Create(h.ctx, drivers.Ref{ID: 99, Parents: []drivers.ID{r.ID}}, drivers.CreateOptions{})
+			for _, err := range []error{mountErr, commitErr, createErr, firstOf(c.d.Diff(h.ctx, drivers.Ref{}, r))} {
+				if !errdefs.IsDataLoss(err) || !strings.Contains(err.Error(), "no subvolume") {
+					t.Errorf("%v, want ErrDataLoss that says why", err)
+				}
 			}
+			h.must(c.d.Remove(h.ctx, r.ID))
 		}
-		h.must(c.d.Remove(h.ctx, r.ID))
+		if ids := slices.Collect(idsOf(c)); len(ids) > 0 {
+			t.Errorf("left: %v", ids)
+		}
 	}
-	if ids := slices.Collect(idsOf(c)); len(ids) > 0 {
-		t.Errorf("left: %v", ids)
-	}
-	for _, r := range []drivers.Ref{base, r} {
+	for _, r := range []drivers.Ref{base, active} {
 		_, err := h.d.Mounts(h.ctx, r, drivers.MountOptions{})
 		h.must(err)
 	}

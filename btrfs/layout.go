@@ -105,7 +105,7 @@ func (l *layerDir) findTree() error {
 			continue
 		}
 		if err == nil && st.Ino != ioctl.BTRFS_FIRST_FREE_OBJECTID {
-			err = fmt.Errorf("%s is no subvolume, as where a store was copied file by file; what is in it can be read there: %w", k, errdefs.ErrDataLoss)
+			err = fmt.Errorf("%s is a directory and no subvolume: the store was copied file by file, or stands in a snapshot of what was around it: %w", string(k), errdefs.ErrDataLoss)
 		}
 		l.kind = k
 		return err
