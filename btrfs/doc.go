@@ -42,7 +42,8 @@
 //   - Without CAP_SYS_ADMIN there is no SEND and no tree search: Diff walks both
 //     trees, Usage is unknown, and Remove empties a subvolume file by file unless the
 //     file system is mounted with user_subvol_rm_allowed.
-//   - SEND takes a file for unchanged when its inode item is: see siblings.go.
+//   - SEND takes files of two siblings for one that are not: see siblings.go. A signal
+//     makes it begin anew in the middle of its stream: see ioctl.Send.
 //   - SNAP_DESTROY says EPERM of what is being sent, too, and of the default
 //     subvolume; only who may not delete at all empties file by file.
 //   - Files of two subvolumes never share device and inode number; a file that is
