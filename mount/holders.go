@@ -25,6 +25,8 @@ type Holder struct {
 	// but keeps what is mounted in use.
 	What string
 	Path string // the file, or where it is mounted
+
+	link string // in /proc, where Users found it
 }
 
 // String reads: 123 (bash) cwd /mnt/x.
@@ -92,7 +94,7 @@ func Shown(dir string) (where []Holder, err error) {
 			}
 			h := Holder{What: "mount", Path: i.Target}
 			if p.pid != 0 {
-				h = Holder{p.pid, p.comm(), "namespace", i.Target}
+				h = Holder{PID: p.pid, Comm: p.comm(), What: "namespace", Path: i.Target}
 			}
 			where = append(where, h)
 		}
@@ -173,7 +175,7 @@ func (p process) uses(match func(link string, s sys.Stat) bool) (all []Holder) {
 			return false
 		}
 		file, _ := os.Readlink(link)
-		all = append(all, Holder{p.pid, p.comm(), what, file})
+		all = append(all, Holder{PID: p.pid, Comm: p.comm(), What: what, Path: file})
 		return true
 	}
 	for _, what := range []string{"cwd", "root", "exe"} {
@@ -199,7 +201,7 @@ func (p process) shows(i Info) []Holder {
 	}
 	for _, m := range infos {
 		if m.Major == i.Major && m.Minor == i.Minor && m.Root == i.Root {
-			return []Holder{{p.pid, p.comm(), "namespace", m.Target}}
+			return []Holder{{PID: p.pid, Comm: p.comm(), What: "namespace", Path: m.Target}}
 		}
 	}
 	return nil

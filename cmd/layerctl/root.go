@@ -67,7 +67,7 @@ func (a *app) verbs() []*cobra.Command {
 	return []*cobra.Command{
 		a.infoCommand(), a.importCommand(), a.loadCommand(), a.imagesCommand(), a.tagCommand(), a.lsCommand(),
 		a.mountCommand(), a.umountCommand(), a.diffCommand(), a.commitCommand(), a.applyCommand(),
-		a.exportCommand(), a.saveCommand(), a.usageCommand(), a.rmCommand(), a.gcCommand(), a.dedupCommand(), a.migrateCommand(), a.checkCommand(),
+		a.exportCommand(), a.saveCommand(), a.usageCommand(), a.rmCommand(), a.gcCommand(), a.dedupCommand(), a.migrateCommand(), a.checkCommand(), a.doctorCommand(),
 		a.unshareCommand(), a.versionCommand(), a.manCommand(),
 	}
 }
