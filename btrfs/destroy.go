@@ -18,8 +18,7 @@ import (
 // destroyer deletes subvolumes with all that is in them.
 type destroyer struct {
 	ctx context.Context
-	// kept is told of a subvolume whose qgroup the kernel keeps for now; nil: nobody
-	// is.
+	// kept is told of a subvolume that left a qgroup; nil: nobody is.
 	kept func(subvol uint64)
 }
 
@@ -99,8 +98,8 @@ func (r destroyer) subvolume(dir *sys.Fd, name string) error {
 		}
 		err = r.byHand(dir, s, name)
 	}
-	if err == nil { // or it may stay for ever; without quota there is none
-		if err := ioctl.DestroyQgroup(dir, number); errors.Is(err, syscall.EBUSY) && r.kept != nil {
+	if err == nil && r.kept != nil { // or its qgroup may stay for ever; without quota there is none
+		if _, none := ioctl.Qgroup(dir, number); none == nil {
 			r.kept(number)
 		}
 	}

@@ -75,8 +75,8 @@ func waitFreed(ctx context.Context, root *sys.Fd) error {
 // blocks that it wrote.
 const qgroupPrefix = ".qgroup-"
 
-// noteQgroup notes a subvolume whose qgroup the kernel keeps for now. Without the
-// note it stays, and counts nothing.
+// noteQgroup notes a deleted subvolume that left a qgroup. Without the note it may stay,
+// and counts nothing.
 func (d *driver) noteQgroup(subvol uint64) {
 	f, err := sys.Open(d.root+"/"+roots.Deleted+"/"+qgroupPrefix+strconv.FormatUint(subvol, 10), sys.O_WRONLY|sys.O_CREAT|sys.O_NOFOLLOW, 0o600)
 	if err == nil {
@@ -108,16 +108,39 @@ func (d *driver) dropQgroups(some int) error {
 		if some--; some < 0 {
 			return nil
 		}
-		switch err := ioctl.DestroyQgroup(del, subvol); {
-		case err == nil, errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ENOTCONN):
-			if err := del.Unlink(e.Name, 0); err != nil && !errors.Is(err, syscall.ENOENT) {
-				return err
-			}
-		case !errors.Is(err, syscall.EBUSY):
+		gone, err := dropQgroup(del, subvol)
+		if err == nil && gone {
+			err = del.Unlink(e.Name, 0)
+		}
+		if err != nil && !errors.Is(err, syscall.ENOENT) {
 			return err
 		}
 	}
 	return nil
+}
+
+// dropQgroup drops the qgroup of a deleted subvolume if it counts nothing any more, and
+// reports whether it is gone. One that still counts something while the accounting is
+// right would make that wrong, for the whole file system.
+func dropQgroup(fd *sys.Fd, subvol uint64) (gone bool, err error) {
+	_, right, err := ioctl.Quota(fd)
+	if err != nil {
+		return false, err
+	}
+	u, err := ioctl.Qgroup(fd, subvol)
+	if err == nil {
+		if right && u != (ioctl.QgroupUsage{}) {
+			return false, nil
+		}
+		err = ioctl.DestroyQgroup(fd, subvol)
+	}
+	switch {
+	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ENOTCONN): // dropped by the kernel, or quota is off
+		return true, nil
+	case errors.Is(err, syscall.EBUSY):
+		return false, nil
+	}
+	return err == nil, err
 }
 
 // The kinds of accounting that EnableQuota takes.

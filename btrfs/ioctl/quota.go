@@ -127,7 +127,9 @@ func decodeQgroup(b []byte) (QgroupUsage, error) {
 
 // DestroyQgroup drops the qgroup of a subvolume that is deleted. EBUSY until the
 // subvolume's blocks are free (in 6.1's stable series, too), when Linux 6.11 does it
-// by itself, but for one that simple quotas still count something for.
+// by itself, but for one that simple quotas still count something for. Qgroups become
+// inconsistent (Linux 6.10) if this one counts something yet: right after the blocks
+// were freed, say, before the transaction is committed that says so.
 func DestroyQgroup(fd *sys.Fd, subvol uint64) error {
 	b := make([]byte, 16) // struct btrfs_ioctl_qgroup_create_args: u64 create, u64 qgroupid
 	le.PutUint64(b[8:], subvol)
