@@ -48,7 +48,7 @@ func Open(ctx context.Context, c drivers.Config) (*Driver, error) {
 	l, err := upper.Open(upper.Config{
 		Root: root, Union: u, Capabilities: u.capabilities(&f),
 		NoQuota:   f.detail(featQuota),
-		NoIDMap:   "owners would be shown by ids that this user, or its user namespace, does not have",
+		NoIDMap:   noIDMap,
 		Xattrs:    f.xattrs(),
 		Volatile:  opts.volatile,
 		StoredIDs: true,

@@ -27,7 +27,11 @@ const (
 	featXattr   = "xattr"
 	featReflink = "FICLONE"
 	featQuota   = "project quota"
+	featIDMap   = "id-mapped layers"
 )
+
+// noIDMap is why an ordinary user's layers are not id-mapped.
+const noIDMap = "owners would be shown by ids that this user, or its user namespace, does not have"
 
 // features is what was found out about one directory. Immutable.
 type features struct {
@@ -61,6 +65,14 @@ func (f *features) detail(name string) string {
 		return r.String()
 	}
 	return name + ": not probed"
+}
+
+// idmap: the server maps owners by itself, but only to those that the mounter has.
+func (f *features) idmap() kprobe.Result {
+	if f.rootless() {
+		return kprobe.Result{Feature: featIDMap, Answer: kprobe.No, Detail: noIDMap}
+	}
+	return kprobe.Result{Feature: featIDMap, Answer: f.works.Answer}
 }
 
 // xattrs are the encodings that a root here may have. Who can set trusted.* can
@@ -121,7 +133,7 @@ func (p *prober) run() {
 	xattr := p.xattr()
 	p.f.works = answer(featUnion, p.try())
 	p.f.works.Detail = p.explain()
-	p.f.all = append(p.f.all, xattr, p.f.works, answer(featReflink, p.reflink()))
+	p.f.all = append(p.f.all, xattr, p.f.works, answer(featReflink, p.reflink()), p.f.idmap())
 	if p.f.works.Answer == kprobe.Yes {
 		p.f.all = append(p.f.all, answer(featQuota, p.quota()))
 	}

@@ -87,6 +87,23 @@ func (s *Store) dropSlot(name string, o *openDriver) {
 	}
 }
 
+// openDrivers returns the drivers that are open, by name.
+func (s *Store) openDrivers() map[string]drivers.Driver {
+	s.driversMu.Lock()
+	defer s.driversMu.Unlock()
+	ds := map[string]drivers.Driver{}
+	for name, o := range s.open {
+		select {
+		case <-o.ready:
+			if o.d != nil {
+				ds[name] = o.d
+			}
+		default:
+		}
+	}
+	return ds
+}
+
 func (s *Store) driverRoot(name string) string { return filepath.Join(s.root, "drivers", name) }
 
 // openDriver opens a driver; where that fails, the driver's own probe says why.

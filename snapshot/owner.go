@@ -35,14 +35,25 @@ func (s *Store) ownerOf(ctx context.Context, ms []mount.Mount) (string, drivers.
 	if len(ms) == 0 {
 		return "", 0, fmt.Errorf("no mounts: %w", errdefs.ErrNotFound)
 	}
+	find := func(ds map[string]drivers.Driver) (string, drivers.ID, bool) {
+		for name, d := range ds {
+			if id, ok := d.Owner(ms); ok {
+				return name, id, true
+			}
+		}
+		return "", 0, false
+	}
+	// Who handed the mounts out is open, but after a restart; to try those that do
+	// not open, each time, would cost a probe.
+	if name, id, ok := find(s.openDrivers()); ok {
+		return name, id, nil
+	}
 	ds, err := s.driversInUse(ctx)
 	if err != nil {
 		return "", 0, err
 	}
-	for name, d := range ds {
-		if id, ok := d.Owner(ms); ok {
-			return name, id, nil
-		}
+	if name, id, ok := find(ds); ok {
+		return name, id, nil
 	}
 	return "", 0, fmt.Errorf("a mount of %s on %q is no layer of this store: %w", ms[0].Type, ms[0].Source, errdefs.ErrNotFound)
 }

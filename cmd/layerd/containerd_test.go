@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/layerctl/layerctl"
 	"github.com/layerctl/layerctl/internal/testenv"
@@ -135,6 +137,9 @@ func prepare(t *testing.T, fs, bin string) *world {
 	e := &world{t: t, dir: testenv.Scratch(t), root: filepath.Join(fs, "store")}
 	e.settings = filepath.Join(e.dir, "layerd.toml")
 	must(t, os.MkdirAll(filepath.Join(e.dir, "bin"), 0o755))
+	for _, dir := range []string{e.dir, filepath.Dir(fs)} { // a container's root in a user namespace goes through them
+		must(t, os.Chmod(dir, 0o711))
+	}
 	e.copyProgram()
 	e.env = append(os.Environ(), "PATH="+filepath.Join(e.dir, "bin")+":"+bin+":"+os.Getenv("PATH")+":/usr/sbin:/sbin",
 		"GORACE=atexit_sleep_ms=0", "XDG_RUNTIME_DIR=")
@@ -390,11 +395,44 @@ func testContainerd(t *testing.T, bin string, differ bool) {
 			c := &client{world: e.in(t), s: s, archive: archive, differ: differ}
 			c.unpacks()
 			c.runs()
+			if differ {
+				c.remaps()
+			}
 			c.survives()
 			c.diffs()
 		})
 	}
+	if os.Getenv("LAYERCTL_STRESS") != "" {
+		e.crowd()
+	}
 	e.collects(archive)
+}
+
+// crowd runs 50 containers of each snapshotter at once, then unpacks and deletes an
+// image 20 times.
+func (e *world) crowd() {
+	for _, s := range []string{"layerd-overlay", "layerd-btrfs", "layerd-native", "layerd-fuse"} {
+		e.t.Run("crowd/"+s, func(t *testing.T) {
+			c := &client{world: e.in(t), s: s, archive: e.image()}
+			var all errgroup.Group
+			each := func(f func(name string) []string) {
+				for i := range 50 {
+					all.Go(func() error { _, err := c.try("ctr", c.ctr(f(fmt.Sprintf("crowd-%s-%d", s, i))...)...); return err })
+				}
+				must(t, all.Wait())
+			}
+			each(func(n string) []string {
+				return []string{"run", "-d", "--snapshotter", s, testImage, n, "/bin/sh", "-c", "echo " + n + " > /name; while :; do sleep 1; done"}
+			})
+			each(func(n string) []string { return []string{"task", "exec", "--exec-id", "x", n, "/bin/cat", "/name"} })
+			each(func(n string) []string { return []string{"task", "rm", "-f", n} })
+			each(func(n string) []string { return []string{"container", "rm", n} })
+			for range 20 {
+				c.do("image", "rm", "--sync", testImage)
+				c.do("image", "import", "--snapshotter", s, c.archive)
+			}
+		})
+	}
 }
 
 // in is the world in a subtest.
@@ -441,6 +479,9 @@ func (c *client) unpacks() {
 	if n := c.calls("Apply") - applied; c.differ && n != 3 {
 		c.t.Errorf("our differ unpacked %d layers of 3", n)
 	}
+	if unpacks := strings.Contains(c.dropIn(), `"rebase"`); c.differ && unpacks != (c.s == "layerd-overlay" || c.s == "layerd-fuse") {
+		c.t.Errorf("drop-in:\n%s", c.dropIn())
+	}
 	if n := strings.Count(c.snapshots("ls"), "Committed"); n != 3 {
 		c.t.Errorf("%d layers of 3:\n%s", n, c.snapshots("ls"))
 	}
@@ -470,6 +511,38 @@ func (c *client) runs() {
 	if out != "new\nmore\nREADME\n" {
 		c.t.Errorf("the container says %q", out)
 	}
+}
+
+// remaps runs a container in a user namespace: the image's owners are shown shifted,
+// and no copy of it is made.
+func (c *client) remaps() {
+	c.t.Helper()
+	if !strings.Contains(c.dropIn(), `"remap-ids"`) {
+		c.t.Errorf("%s does not map ids here:\n%s", c.s, c.dropIn())
+	}
+	before := c.snapshots("ls")
+	out := c.do("run", "--rm", "--remap-labels", "--uidmap", "0:100000:65536", "--gidmap", "0:100000:65536", "--snapshotter", c.s,
+		testImage, "mapped-"+c.s, "/bin/sh", "-c", "cat /proc/self/uid_map; ls -ln /etc/passwd /srv/owned; echo mine > /new; ls -ln /new")
+	owners := regexp.MustCompile(`(?m)^-\S+ +1 (\d+ +\d+) `).FindAllStringSubmatch(out, -1)
+	var got []string
+	for _, o := range owners {
+		got = append(got, strings.Join(strings.Fields(o[1]), ":"))
+	}
+	if !strings.Contains(out, "100000") || !slices.Equal(got, []string{"0:0", "1234:5678", "0:0"}) {
+		c.t.Errorf("owners %q in a container that says\n%s", got, out)
+	}
+	if after := c.snapshots("ls"); after != before {
+		c.t.Errorf("snapshots before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+// dropIn is the snapshotter's part of what layerd printed.
+func (c *client) dropIn() string {
+	b, err := os.ReadFile(filepath.Join(c.dir, "layerd-containerd.toml"))
+	must(c.t, err)
+	_, part, _ := strings.Cut(string(b), "[proxy_plugins."+c.s+"]")
+	part, _, _ = strings.Cut(part, "\n\n")
+	return part
 }
 
 // execute runs a command in the container of survives.

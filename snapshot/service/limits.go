@@ -3,6 +3,7 @@ package service
 import (
 	"fmt"
 
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/errdefs"
 )
@@ -31,8 +32,8 @@ func (l Limits) orDefaults() Limits {
 	return l
 }
 
-// check refuses a request that asks for too much; ErrInvalidArgument names the
-// label.
+// check refuses a request that asks for too much, or lacks what containerd's code
+// takes for granted; ErrInvalidArgument names the label, or what is missing.
 func (l Limits) check(req any) error {
 	switch r := req.(type) {
 	case *snapshotsapi.PrepareSnapshotRequest:
@@ -42,7 +43,14 @@ func (l Limits) check(req any) error {
 	case *snapshotsapi.CommitSnapshotRequest:
 		return l.checkLabels(r.Labels)
 	case *snapshotsapi.UpdateSnapshotRequest:
-		return l.checkLabels(r.GetInfo().GetLabels())
+		if r.Info == nil {
+			return fmt.Errorf("update: no info given: %w", errdefs.ErrInvalidArgument)
+		}
+		return l.checkLabels(r.Info.Labels)
+	case *diffapi.ApplyRequest:
+		if r.Diff == nil {
+			return fmt.Errorf("apply: no layer given: %w", errdefs.ErrInvalidArgument)
+		}
 	}
 	return nil
 }

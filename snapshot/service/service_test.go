@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -140,6 +141,10 @@ func TestBadRequests(t *testing.T) {
 	_, err := c.Update(t.Context(), &snapshotsapi.UpdateSnapshotRequest{Snapshotter: "layerd-native"})
 	if !errdefs.IsInvalidArgument(errgrpc.ToNative(err)) {
 		t.Errorf("update of nothing: %v", err)
+	}
+	_, err = diffapi.NewDiffClient(f.conn).Apply(inNamespace(t), &diffapi.ApplyRequest{})
+	if !errdefs.IsInvalidArgument(errgrpc.ToNative(err)) {
+		t.Errorf("apply of nothing: %v", err)
 	}
 	for _, key := range []string{"", strings.Repeat("k", 1<<15)} {
 		_, err := c.Prepare(t.Context(), &snapshotsapi.PrepareSnapshotRequest{Snapshotter: "layerd-native", Key: key})

@@ -104,9 +104,6 @@ func (d *dispatcher) Stat(ctx context.Context, r *snapshotsapi.StatSnapshotReque
 }
 
 func (d *dispatcher) Update(ctx context.Context, r *snapshotsapi.UpdateSnapshotRequest) (*snapshotsapi.UpdateSnapshotResponse, error) {
-	if r.GetInfo() == nil { // containerd's code takes it for granted
-		return nil, errgrpc.ToGRPC(fmt.Errorf("update: no info given: %w", errdefs.ErrInvalidArgument))
-	}
 	return dispatch(ctx, d, r, snapshotsapi.SnapshotsServer.Update)
 }
 
