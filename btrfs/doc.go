@@ -25,7 +25,7 @@
 // Left of the bar the old state holds, right of it the new one. A committed layer
 // may still have its fs: a mount of it was alive, or the process died. The next
 // Create on it, or its Remove, deletes it. What a killed Diff left goes with the next
-// Diff of the layer, its Commit, a Create on it, or its Remove.
+// Diff of the layer, its Commit, a Create on it, its Remove, or WaitFreed.
 //
 // # Locks
 //

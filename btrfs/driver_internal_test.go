@@ -146,6 +146,11 @@ func TestSnapshotsOfDiffsAreSwept(t *testing.T) {
 		t.Errorf("after the diff of %d changes: %v", during, n)
 	}
 	abandon()
+	h.must(h.d.WaitFreed(h.ctx)) // nobody may ever call for an idle layer
+	if n := left(); len(n) > 0 {
+		t.Errorf("after waiting for free space: %v", n)
+	}
+	abandon()
 	h.commit(r) // it kept what they share for as long as the layer was there
 	if n := left(); len(n) > 0 {
 		t.Errorf("after the commit: %v", n)

@@ -26,18 +26,36 @@ func (d *driver) SyncUsage(ctx context.Context) error {
 }
 
 // WaitFreed waits for the kernel's cleaner to be done with the subvolumes that are
-// deleted now, and for the transaction after it, which gives the blocks back. Qgroups
-// of this driver's that the kernel kept go, too.
+// deleted now, and for the transaction after it, which gives the blocks back. Snapshots
+// that killed diffs left go before that, and qgroups of this driver's after it.
 func (d *driver) WaitFreed(ctx context.Context) error {
 	return d.onRoot(ctx, "wait for free space", func(root *sys.Fd) error {
 		if !d.admin {
 			return fmt.Errorf("which deleted subvolumes are still there is told only with CAP_SYS_ADMIN outside any user namespace: %w", errdefs.ErrUnavailable)
+		}
+		if err := d.sweepLayers(ctx); err != nil {
+			return err
 		}
 		if err := waitFreed(ctx, root); err != nil {
 			return err
 		}
 		return d.dropQgroups(math.MaxInt)
 	})
+}
+
+// sweepLayers deletes what killed diffs left in any layer.
+func (d *driver) sweepLayers(ctx context.Context) error {
+	ids, err := roots.In(ctx, d.root, roots.Layers)
+	if err != nil {
+		return err
+	}
+	for _, id := range ids {
+		if l, err := d.layer(id); err == nil { // or it is gone, or lost
+			l.sweepSnapshots(d.destroyer(ctx))
+			l.Close()
+		}
+	}
+	return ctx.Err()
 }
 
 // freedPoll is how often the deleted subvolumes are looked at.
