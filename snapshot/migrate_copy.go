@@ -164,8 +164,11 @@ func (m *migration) fill(ctx context.Context, c *duplicate) error {
 		Driver: m.o.To, Committed: was.Committed, ReadOnly: was.ReadOnly, Volatile: was.Volatile, Exposed: was.Exposed,
 		Created: was.Created, Digest: was.Digest, Applied: was.Applied, Quota: was.Quota,
 	}
-	if err := faults.Point(ctx, "store: migrate: made"); err != nil || c.n.isView() {
+	if err := faults.Point(ctx, "store: migrate: made"); err != nil {
 		return err
+	}
+	if c.n.isView() {
+		return m.settle()
 	}
 	sum, err := m.transfer(ctx, c)
 	if err != nil {
@@ -202,7 +205,7 @@ func (m *migration) fill(ctx context.Context, c *duplicate) error {
 }
 
 // settle flushes what Create of a layer that is not committed need not have
-// flushed: the old bytes go after this.
+// flushed: the old bytes, which a cut cannot take any more, go after this.
 func (m *migration) settle() error {
 	if m.s.o.Volatile {
 		return nil

@@ -17,6 +17,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -564,5 +565,74 @@ func TestMigrateSeesLaterChanges(t *testing.T) {
 			onDriver(t, s, v, "overlay")
 			clean(t, s)
 		})
+	}
+}
+
+// TestMigrateSurvivesPowerCuts: what a cut leaves after each record of a migration,
+// after its last transaction, and after the old bytes have gone, is the whole store.
+func TestMigrateSurvivesPowerCuts(t *testing.T) {
+	testenv.Root(t)
+	for _, way := range [][]string{{"native", "overlay"}, {"overlay", "native"}} {
+		t.Run(way[1], func(t *testing.T) {
+			dir := testenv.FS(t, "ext4", testenv.Size(96<<20), testenv.MountOptions("commit=300"))
+			s := open(t, filepath.Join(dir, "store"))
+			v := view(t, s, "v", "")
+			must(t, s.SetDefaultDriver(t.Context(), way[0]))
+			family(t, v, 21)
+			want := pictures(t, v)
+			must(t, exec.Command("sync", "-f", dir).Run())
+			cut := func(at string) {
+				image := filepath.Join(testenv.Scratch(t), "cut")
+				if out, err := exec.Command("cp", "--sparse=always", testenv.Image(dir), image).CombinedOutput(); err != nil {
+					t.Fatalf("%v %s", err, out)
+				}
+				afterCut(t, image, at, way[1], want)
+			}
+			recorded := 0
+			ctx := faults.With(t.Context(), func(step string) error {
+				if step == "store: migrate: recorded" {
+					recorded++
+				}
+				if step == "store: migrate: recorded" && recorded%3 == 0 || step == "store: migrate: all copied" || step == "store: migrate: switched" {
+					cut(step)
+				}
+				return nil
+			})
+			_, err := v.Migrate(ctx, nil, snapshot.MigrateOptions{To: way[1]})
+			must(t, err)
+			must(t, v.Cleanup(t.Context()))
+			cut(gone)
+		})
+	}
+}
+
+const gone = "the old bytes gone"
+
+// afterCut opens the store on what a power cut has left.
+func afterCut(t *testing.T, image, at, to string, want map[string]picture) {
+	m := t.TempDir()
+	if out, err := exec.Command("mount", "-o", "loop", image, m).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v %s", at, err, out)
+	}
+	defer func() { must(t, mount.Unmount(m, mount.UnmountOptions{Wait: time.Minute})) }()
+	s, err := snapshot.Open(t.Context(), filepath.Join(m, "store"), snapshot.Options{Registry: registry()})
+	must(t, err)
+	defer s.Close()
+	v := view(t, s, "v", "")
+	samePictures(t, pictures(t, v), want)
+	// What GC deleted and the file system had not written is back, without a record.
+	found, err := s.Check(t.Context(), snapshot.CheckOptions{Repair: true})
+	must(t, err)
+	for _, f := range found {
+		if at != gone || f.Problem != snapshot.OrphanLayer && f.Problem != snapshot.ListingStray {
+			t.Errorf("check found: %v", f)
+		}
+	}
+	migrate(t, v, to)
+	samePictures(t, pictures(t, v), want)
+	onDriver(t, s, v, to)
+	clean(t, s)
+	if t.Failed() {
+		t.Fatalf("after a cut at %q", at)
 	}
 }
