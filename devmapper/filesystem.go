@@ -1,11 +1,13 @@
 package devmapper
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -38,8 +40,8 @@ type fileSystem struct {
 	// identify reads the superblock of one that is not mounted; ErrDataLoss if there
 	// is none.
 	identify func(io.ReaderAt) (identity, error)
-	// trim gives back blocks that the program has filled with zeros. May be nil.
-	trim func(dev *sys.Fd) error
+	// inMemory: the program writes zeros that the device has by itself.
+	inMemory bool
 	// grow gives one that is mounted so many bytes; dev is its device.
 	grow func(root, dev *sys.Fd, bytes int64) error
 	// byBlocks: package ext4 understands it.
@@ -73,7 +75,7 @@ var fileSystems = []*fileSystem{
 		name: "xfs", least: 300 << 20,
 		program: "mkfs.xfs", from: "xfsprogs", args: xfsArgs,
 		every: []string{"nouuid"}, clean: []string{"norecovery"}, writable: []string{"discard"}, growing: []string{"discard"},
-		identify: identifyXFS, trim: trimXFS, grow: growXFS,
+		identify: identifyXFS, inMemory: true, grow: growXFS,
 	},
 }
 
@@ -87,8 +89,8 @@ var ext4Args = []string{"-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-J",
 	"-E", "assume_storage_prezeroed=1,lazy_itable_init=1,packed_meta_blocks=1,nodiscard,root_owner=0:0"}
 
 // xfsArgs leave the size of the pool's blocks alone: it would be the unit of each write
-// to the log.
-var xfsArgs = []string{"-q", "-f", "-K", "-d", "noalign", "-m", "crc=1"}
+// to the log. Sectors of 4096 bytes suit every device below.
+var xfsArgs = []string{"-q", "-f", "-K", "-d", "noalign", "-s", "size=4096"}
 
 // knownFS is the file system of a name, the default for none.
 func knownFS(name string) (*fileSystem, error) {
@@ -122,23 +124,65 @@ func (f *fileSystem) find() (string, error) {
 
 // make makes one on a device.
 func (f *fileSystem) make(ctx context.Context, v thin.Volume) error {
-	program, err := f.find()
+	if !f.inMemory {
+		return f.run(ctx, thin.Node(v.Name))
+	}
+	image, err := sys.MemFile("layerctl-" + f.program)
 	if err != nil {
 		return err
 	}
-	out, err := exec.CommandContext(ctx, program, append(slices.Clone(f.args), thin.Node(v.Name))...).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("%s (of %s): %w: %s", program, f.from, err, strings.TrimSpace(string(out)))
+	defer image.Close()
+	if err := image.Truncate(int64(v.Sectors) * 512); err != nil {
+		return err
 	}
-	if f.trim == nil {
-		return nil
+	if err := f.run(ctx, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), image.Int())); err != nil {
+		return err
 	}
 	dev, err := sys.Open(thin.Node(v.Name), sys.O_RDWR|sys.O_EXCL, 0)
 	if err != nil {
 		return err
 	}
 	defer dev.Close()
-	return f.trim(dev)
+	if err := copyNonZero(dev, image); err != nil {
+		return err
+	}
+	return dev.Sync() // the file system does not look at what the device has cached
+}
+
+func (f *fileSystem) run(ctx context.Context, path string) error {
+	program, err := f.find()
+	if err != nil {
+		return err
+	}
+	out, err := exec.CommandContext(ctx, program, append(slices.Clone(f.args), path)...).CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("%s (of %s): %w: %s", program, f.from, err, strings.TrimSpace(string(out)))
+	}
+	return nil
+}
+
+// copyNonZero writes to a device that is all zeros what is not zero in a sparse file.
+func copyNonZero(dev, file *sys.Fd) error {
+	const most = 64 << 10
+	buf, zeros := make([]byte, most), make([]byte, most)
+	for end := int64(0); ; {
+		at, err := file.SeekData(end)
+		if errors.Is(err, syscall.ENXIO) {
+			return nil
+		}
+		if err == nil {
+			end, err = file.SeekHole(at)
+		}
+		for ; err == nil && at < end; at += most {
+			b := buf[:min(most, end-at)]
+			if _, err = file.ReadAt(b, at); err == nil && !bytes.Equal(b, zeros[:len(b)]) {
+				_, err = dev.WriteAt(b, at)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
 }
 
 // mount is pure: the plan of a mount of a device.
@@ -193,10 +237,9 @@ func identifyExt4(r io.ReaderAt) (identity, error) {
 
 // xfsSuper is what is read of a superblock of xfs (struct xfs_dsb).
 type xfsSuper struct {
-	uuid             string
-	block            int64
-	logStart, logEnd int64  // bytes
-	inodePercent     uint32 // of the blocks that inodes may take
+	uuid         string
+	block        int64
+	inodePercent uint32 // of the blocks that inodes may take
 }
 
 func readXFS(r io.ReaderAt) (xfsSuper, error) {
@@ -206,16 +249,14 @@ func readXFS(r io.ReaderAt) (xfsSuper, error) {
 		return xfsSuper{}, err
 	}
 	be := binary.BigEndian
-	block, perGroup, shift := int64(be.Uint32(b[4:])), int64(be.Uint32(b[84:])), b[124]
-	if n < len(b) || string(b[:4]) != "XFSB" || block == 0 || shift > 31 {
+	block := int64(be.Uint32(b[4:]))
+	if n < len(b) || string(b[:4]) != "XFSB" || block == 0 {
 		return xfsSuper{}, fmt.Errorf("no xfs on it: %w", errdefs.ErrDataLoss)
 	}
-	log := be.Uint64(b[48:]) // the number of an allocation group, and that of a block in it
-	start := (int64(log>>shift)*perGroup + int64(log&(1<<shift-1))) * block
 	u := b[32:48]
 	return xfsSuper{
-		uuid:  fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:]),
-		block: block, logStart: start, logEnd: start + int64(be.Uint32(b[96:]))*block,
+		uuid:         fmt.Sprintf("%x-%x-%x-%x-%x", u[:4], u[4:6], u[6:8], u[8:10], u[10:]),
+		block:        block,
 		inodePercent: uint32(b[127]),
 	}, nil
 }
@@ -225,15 +266,4 @@ func readXFS(r io.ReaderAt) (xfsSuper, error) {
 func identifyXFS(r io.ReaderAt) (identity, error) {
 	s, err := readXFS(r)
 	return identity{uuid: s.uuid}, err
-}
-
-// trimXFS discards the part of a new log that mkfs.xfs filled with zeros: it is 64 MiB,
-// and its first record is all that is in it.
-func trimXFS(dev *sys.Fd) error {
-	const record = 1 << 20 // and what is near it
-	s, err := readXFS(dev)
-	if err != nil || s.logEnd-s.logStart <= record {
-		return err
-	}
-	return dev.Discard(s.logStart+record, s.logEnd-s.logStart-record)
 }

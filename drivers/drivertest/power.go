@@ -54,9 +54,6 @@ func (k *kit) disk() *disk {
 	if !k.fs.privileged {
 		k.Skip("power cuts: needs root for a file system of its own")
 	}
-	if k.fs.cfg.Disk > 0 {
-		options = append(slices.Clone(options), testenv.Size(k.fs.cfg.Disk))
-	}
 	dir := testenv.FS(k.T, k.fs.kind, options...)
 	letThrough(k.T, dir)
 	return &disk{kit: k.on(dir), dir: dir, kind: k.fs.kind}

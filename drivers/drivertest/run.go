@@ -25,9 +25,6 @@ type Config struct {
 	// Flushes says that what a volatile commit need not flush is flushed by something
 	// else: the power cuts that it would have to lose are shown by other drivers.
 	Flushes bool
-	// Disk is the size of the file systems whose power is cut, for a driver that needs
-	// more than other drivers do; 0 for the usual.
-	Disk int64
 	// Must lists the capabilities, by their field's name in drivers.Capabilities,
 	// that the driver has to have as root: "Diff", "Rebase", or only on some file
 	// systems, "Quota:ext4,xfs".

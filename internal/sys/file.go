@@ -92,6 +92,16 @@ func (f *Fd) Allocate(size int64) error {
 	return f.err("fallocate", "", retry(func() error { return unix.Fallocate(f.n, 0, 0, size) }))
 }
 
+// MemFile makes an empty file in memory, without a name in any directory
+// (memfd_create). It goes with its last descriptor.
+func MemFile(name string) (*Fd, error) {
+	n, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, &os.PathError{Op: "memfd_create", Path: name, Err: err}
+	}
+	return &Fd{n: n, name: name}, nil
+}
+
 // SeekData and SeekHole find the next data or hole at or after off. SeekData
 // returns ENXIO when there is no more data.
 func (f *Fd) SeekData(off int64) (int64, error) { return f.seek(off, unix.SEEK_DATA) }
