@@ -2,7 +2,9 @@ package btrfs
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"syscall"
 
 	"github.com/containerd/errdefs"
 
@@ -131,8 +133,8 @@ func (d *driver) build(ctx context.Context, making *sys.Fd, parent *layerDir, r 
 		a.Parent = r.Parents[0].String()
 		a.Born, err = snapshotOf(parent, l, k)
 	}
-	if err == nil && o.Quota > 0 {
-		err = d.limit(l, k, o.Quota)
+	if err == nil {
+		err = d.limit(l, k, parent != nil, o.Quota)
 	}
 	if err != nil {
 		return err
@@ -146,14 +148,22 @@ func (d *driver) build(ctx context.Context, making *sys.Fd, parent *layerDir, r 
 	return drivers.Step(ctx, "btrfs: create: described")
 }
 
-// limit bounds what the subvolume itself may hold.
-func (d *driver) limit(l *sys.Fd, k kind, bytes int64) error {
+// limit bounds what the subvolume itself may hold; 0 is no bound: with qgroups a
+// snapshot has its source's until that is lifted.
+func (d *driver) limit(l *sys.Fd, k kind, snapshot bool, bytes int64) error {
+	if inherits := snapshot && k == writable && d.quota == ioctl.QuotaFull; bytes == 0 && !inherits {
+		return nil
+	}
 	tree, err := l.Openat(string(k), sys.O_RDONLY|sys.O_DIRECTORY, 0)
 	if err != nil {
 		return err
 	}
 	defer tree.Close()
-	return ioctl.LimitExclusive(tree, uint64(bytes))
+	err = ioctl.LimitExclusive(tree, uint64(bytes))
+	if bytes == 0 && errors.Is(err, syscall.ENOTCONN) { // somebody switched the quota off
+		return nil
+	}
+	return err
 }
 
 // snapshotOf makes the subvolume of a layer that has a parent, and returns the

@@ -248,3 +248,25 @@ func TestAccountingStaysRightWhileQgroupsAreDropped(t *testing.T) {
 		}
 	})
 }
+
+// With qgroups a layer without a quota had that of the layer that it stood on: a
+// snapshot has its source's limit.
+func TestQuotaIsNotInherited(t *testing.T) {
+	withQuota(t, func(h *history, _ ioctl.QuotaMode) {
+		base, tree := h.create(drivers.Ref{}, drivers.CreateOptions{Quota: 4 << 20})
+		h.must(writeSynced(tree+"/f", 1<<20))
+		h.commit(base)
+		_, free := h.create(base, drivers.CreateOptions{})
+		h.must(writeSynced(free+"/f", 16<<20))
+		_, other := h.create(base, drivers.CreateOptions{Quota: 8 << 20})
+		h.must(writeSynced(other+"/f", 6<<20))
+		if err := writeSynced(other+"/g", 6<<20); !errors.Is(err, syscall.EDQUOT) {
+			h.Errorf("12 MiB into a quota of 8: %v, want EDQUOT", err)
+		}
+		root, err := sys.OpenDir(h.d.root)
+		h.must(err)
+		defer root.Close()
+		h.must(ioctl.SetQuota(root, ioctl.QuotaOff))
+		h.create(base, drivers.CreateOptions{})
+	})
+}
