@@ -389,7 +389,7 @@ func testContainerd(t *testing.T, bin string, differ bool) {
 	}
 	e.do(alone...)
 	e.do("image", "mount", "--snapshotter", "overlayfs", testImage, e.mkdir("theirs"))
-	defer e.do("image", "unmount", "--rm", filepath.Join(e.dir, "theirs"))
+	defer e.do("image", "unmount", "--rm", "--snapshotter", "overlayfs", filepath.Join(e.dir, "theirs"))
 	for _, s := range []string{"layerd-overlay", "layerd-btrfs", "layerd-native", "layerd-fuse"} {
 		t.Run(s, func(t *testing.T) {
 			c := &client{world: e.in(t), s: s, archive: archive, differ: differ}
@@ -488,7 +488,7 @@ func (c *client) unpacks() {
 	ours := c.mkdir("ours-" + c.s)
 	c.do("image", "mount", "--snapshotter", c.s, testImage, ours)
 	c.same(filepath.Join(c.dir, "theirs"), ours)
-	c.do("image", "unmount", "--rm", ours)
+	c.do("image", "unmount", "--rm", "--snapshotter", c.s, ours)
 }
 
 // same fails the test unless two directories are the same tree.
@@ -620,7 +620,7 @@ func (e *world) collects(archive string) {
 			must(e.t, v.Commit(e.t.Context(), key, key+"-active"))
 		}
 	}
-	e.do("image", "unmount", filepath.Join(e.dir, "theirs"))
+	e.do("image", "unmount", "--rm", "--snapshotter", "overlayfs", filepath.Join(e.dir, "theirs"))
 	e.do("image", "rm", "--sync", testImage)
 	for _, name := range []string{"layerd-overlay", "layerd-btrfs", "layerd-native", "layerd-fuse"} {
 		v, err := s.View(name, "")

@@ -278,6 +278,7 @@ func (d *daemon) stop() error {
 		err = errors.Join(err, d.containerd.Close())
 	}
 	if d.store != nil {
+		cancel()
 		err = errors.Join(err, d.store.CloseContext(ctx)) // listings that are not done are made after the next start
 	}
 	return err

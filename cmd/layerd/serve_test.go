@@ -15,6 +15,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -259,6 +260,7 @@ func TestActivation(t *testing.T) {
 		e.layerd = e.start("layerd", "sh", "-c", `LISTEN_PID=$$ exec layerd -c "$0"`, e.settings)
 		b := make([]byte, 64)
 		for _, want := range []string{"READY=1", "STOPPING=1"} {
+			must(t, states.SetReadDeadline(time.Now().Add(patience)))
 			n, err := states.Read(b)
 			must(t, err)
 			if string(b[:n]) != want {
