@@ -159,11 +159,36 @@ func (d *driver) limit(l *sys.Fd, k kind, snapshot bool, bytes int64) error {
 		return err
 	}
 	defer tree.Close()
-	err = ioctl.LimitExclusive(tree, uint64(bytes))
+	most, err := bounds(tree, bytes)
+	if err != nil {
+		return err
+	}
+	err = ioctl.Limit(tree, most)
 	if bytes == 0 && errors.Is(err, syscall.ENOTCONN) { // somebody switched the quota off
 		return nil
 	}
 	return err
+}
+
+// bounds are what a new subvolume may count to hold no more than so many bytes itself.
+// With qgroups what a snapshot shares with it, a Diff's too, is not exclusive to it:
+// so it may not refer to more than that beyond what it begins with, either.
+func bounds(tree *sys.Fd, bytes int64) (ioctl.QgroupUsage, error) {
+	most := ioctl.QgroupUsage{Exclusive: uint64(bytes)}
+	if bytes == 0 {
+		return most, nil
+	}
+	mode, right, err := ioctl.Quota(tree)
+	if err != nil || mode != ioctl.QuotaFull || !right {
+		return most, err
+	}
+	id, err := ioctl.SubvolID(tree)
+	if err != nil {
+		return most, err
+	}
+	begins, err := ioctl.Qgroup(tree, id)
+	most.Referenced = begins.Referenced + uint64(bytes)
+	return most, err
 }
 
 // snapshotOf makes the subvolume of a layer that has a parent, and returns the

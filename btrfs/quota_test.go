@@ -270,3 +270,21 @@ func TestQuotaIsNotInherited(t *testing.T) {
 		h.create(base, drivers.CreateOptions{})
 	})
 }
+
+// With qgroups what a diff's snapshot shares with a layer counted for nobody, so that a
+// layer of which diffs were made outgrew its quota.
+func TestQuotaHoldsBetweenDiffs(t *testing.T) {
+	withQuota(t, func(h *history, _ ioctl.QuotaMode) {
+		base, tree := h.create(drivers.Ref{}, drivers.CreateOptions{})
+		h.must(writeSynced(tree+"/f", 4<<20))
+		h.commit(base)
+		r, tree := h.create(base, drivers.CreateOptions{Quota: 8 << 20})
+		h.must(writeSynced(tree+"/1", 6<<20))
+		for range h.d.Diff(h.ctx, base, r) {
+			if err := writeSynced(tree+"/2", 6<<20); !errors.Is(err, syscall.EDQUOT) {
+				h.Errorf("12 MiB into a quota of 8: %v, want EDQUOT", err)
+			}
+			break
+		}
+	})
+}

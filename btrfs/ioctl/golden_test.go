@@ -29,10 +29,10 @@ func TestGoldenRequests(t *testing.T) {
 		"0700000000000000 0000000000000000 0200000000000000"+strings.Repeat("00", 32)+"6162")
 	want(t, "send_args", sendArgs(5, 0x102, 1), 72,
 		"0500000000000000 0000000000000000 0000000000000000 0201000000000000 0100000000000000")
-	want(t, "qgroup_limit_args", limitArgs(0x101, 0x1000), 48,
-		"0101000000000000 0200000000000000 0000000000000000 0010000000000000")
-	want(t, "qgroup_limit_args, no limit", limitArgs(0, 0), 48,
-		"0000000000000000 0200000000000000 0000000000000000 ffffffffffffffff")
+	want(t, "qgroup_limit_args", limitArgs(0x101, QgroupUsage{Referenced: 0x2000, Exclusive: 0x1000}), 48,
+		"0101000000000000 0300000000000000 0020000000000000 0010000000000000")
+	want(t, "qgroup_limit_args, no limit", limitArgs(0, QgroupUsage{}), 48,
+		"0000000000000000 0300000000000000 ffffffffffffffff ffffffffffffffff")
 	b := make([]byte, 112+16)
 	encodeSearch(b, Query{Tree: 1, Min: Key{2, 3, 4}, Max: Key{5, 6, 7}, MinGeneration: 8})
 	want(t, "search_args_v2", b, 128,

@@ -179,7 +179,7 @@ func TestQuota(t *testing.T) {
 	if err != nil || mode != ioctl.QuotaOff {
 		t.Fatalf("at first %v, %v", mode, err)
 	}
-	if err := ioctl.LimitExclusive(a, 1<<20); !errors.Is(err, syscall.ENOTCONN) {
+	if err := ioctl.Limit(a, ioctl.QgroupUsage{Exclusive: 1 << 20}); !errors.Is(err, syscall.ENOTCONN) {
 		t.Errorf("limit without quota: %v", err)
 	}
 	must(t, ioctl.SetQuota(root, ioctl.QuotaFull))
@@ -191,7 +191,7 @@ func TestQuota(t *testing.T) {
 	if !right {
 		t.Error("the scan is over, the figures are not said to be right")
 	}
-	must(t, ioctl.LimitExclusive(a, 1<<20))
+	must(t, ioctl.Limit(a, ioctl.QgroupUsage{Exclusive: 1 << 20}))
 	must(t, os.WriteFile(dir+"/a/fits", make([]byte, 512<<10), 0o644))
 	must(t, a.SyncFS())
 	info, err := ioctl.SubvolInfo(a)
@@ -203,7 +203,7 @@ func TestQuota(t *testing.T) {
 	if err := os.WriteFile(dir+"/a/f", make([]byte, 4<<20), 0o644); !errors.Is(err, syscall.EDQUOT) {
 		t.Errorf("4 MiB into 1: %v", err)
 	}
-	must(t, ioctl.LimitExclusive(a, 0))
+	must(t, ioctl.Limit(a, ioctl.QgroupUsage{}))
 	must(t, os.WriteFile(dir+"/a/f", make([]byte, 4<<20), 0o644))
 	must(t, ioctl.SetQuota(root, ioctl.QuotaOff))
 }

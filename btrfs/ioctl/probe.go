@@ -78,7 +78,7 @@ var tries = []try{
 	{"WAIT_SYNC", "2.6.37", func(fd *sys.Fd) error { return WaitSync(fd, 1) }, []syscall.Errno{syscall.EINVAL}},
 	{"FS_INFO", "3.2", func(fd *sys.Fd) error { _, err := Info(fd); return err }, nil},
 	{"QUOTA_CTL", "3.6", refused("BTRFS_IOC_QUOTA_CTL", BTRFS_IOC_QUOTA_CTL, 0), []syscall.Errno{syscall.EINVAL}},
-	{"QGROUP_LIMIT", "3.6", func(fd *sys.Fd) error { return limitQgroup(fd, noQgroup, 0) }, noSuchQgroup},
+	{"QGROUP_LIMIT", "3.6", func(fd *sys.Fd) error { return limitQgroup(fd, noQgroup, QgroupUsage{}) }, noSuchQgroup},
 	{"QGROUP_CREATE", "3.6", func(fd *sys.Fd) error { return DestroyQgroup(fd, noQgroup) }, noSuchQgroup},
 	{"simple quotas", "6.7", trySimpleQuota, nil},
 	{"SEND stream 2", "6.0", trySendStream2, nil},

@@ -17,6 +17,7 @@ const (
 	BTRFS_QUOTA_CTL_DISABLE             = 2
 	BTRFS_QUOTA_CTL_ENABLE_SIMPLE_QUOTA = 4 // Linux 6.7
 
+	BTRFS_QGROUP_LIMIT_MAX_RFER = 1 << 0
 	BTRFS_QGROUP_LIMIT_MAX_EXCL = 1 << 1
 
 	BTRFS_QGROUP_STATUS_FLAG_RESCAN       = 1 << 1
@@ -78,26 +79,32 @@ func decodeQuotaStatus(b []byte) (m QuotaMode, right bool, err error) {
 	return m, flags&(BTRFS_QGROUP_STATUS_FLAG_RESCAN|BTRFS_QGROUP_STATUS_FLAG_INCONSISTENT) == 0, nil
 }
 
-// LimitExclusive bounds what the subvolume fd alone may use; 0 lifts the limit.
-// ENOTCONN while quota is off.
-func LimitExclusive(subvol *sys.Fd, bytes uint64) error { return limitQgroup(subvol, 0, bytes) }
+// Limit bounds what the qgroup of the subvolume fd may count; 0 is no bound. A snapshot
+// has its source's bounds. ENOTCONN while quota is off.
+func Limit(subvol *sys.Fd, most QgroupUsage) error { return limitQgroup(subvol, 0, most) }
 
 // limitQgroup limits a qgroup; 0 is that of the subvolume fd is in.
-func limitQgroup(fd *sys.Fd, qgroup, bytes uint64) error {
-	return fd.Ioctl("BTRFS_IOC_QGROUP_LIMIT", BTRFS_IOC_QGROUP_LIMIT, limitArgs(qgroup, bytes))
+func limitQgroup(fd *sys.Fd, qgroup uint64, most QgroupUsage) error {
+	return fd.Ioctl("BTRFS_IOC_QGROUP_LIMIT", BTRFS_IOC_QGROUP_LIMIT, limitArgs(qgroup, most))
 }
 
 // limitArgs is struct btrfs_ioctl_qgroup_limit_args: u64 qgroupid, flags, max_rfer,
 // max_excl, rsv_rfer, rsv_excl.
-func limitArgs(qgroup, bytes uint64) []byte {
+func limitArgs(qgroup uint64, most QgroupUsage) []byte {
 	b := make([]byte, 48)
 	le.PutUint64(b, qgroup)
-	le.PutUint64(b[8:], BTRFS_QGROUP_LIMIT_MAX_EXCL)
-	if bytes == 0 {
-		bytes = ^uint64(0) // CLEAR_VALUE
-	}
-	le.PutUint64(b[24:], bytes)
+	le.PutUint64(b[8:], BTRFS_QGROUP_LIMIT_MAX_RFER|BTRFS_QGROUP_LIMIT_MAX_EXCL)
+	le.PutUint64(b[16:], orClear(most.Referenced))
+	le.PutUint64(b[24:], orClear(most.Exclusive))
 	return b
+}
+
+// orClear is what lifts a limit, for 0.
+func orClear(bytes uint64) uint64 {
+	if bytes == 0 {
+		return ^uint64(0) // CLEAR_VALUE
+	}
+	return bytes
 }
 
 // QgroupUsage is what a subvolume's qgroup counts.
