@@ -2,12 +2,25 @@ package ext4
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"testing"
 
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/layer"
 )
+
+// readCounter counts what is read.
+type readCounter struct {
+	io.ReaderAt
+	reads, bytes int
+}
+
+func (c *readCounter) ReadAt(p []byte, off int64) (int, error) {
+	c.reads++
+	c.bytes += len(p)
+	return c.ReaderAt.ReadAt(p, off)
+}
 
 // BenchmarkDiff compares ten changed files among many: by candidates, and by the
 // walk of both trees. Names, blocks and trees are in the page cache.
@@ -45,11 +58,21 @@ func BenchmarkDiff(b *testing.B) {
 				}
 			}
 			b.Run("candidates", func(b *testing.B) {
+				f, err := os.Open(a.name)
+				a.check(err)
+				defer f.Close()
+				g, err := os.Open(c.name)
+				a.check(err)
+				defer g.Close()
+				var read readCounter
 				for b.Loop() {
-					names, err := changed(a, c, ranges)
+					read = readCounter{ReaderAt: g}
+					names, err := Changed(b.Context(), f, &read, ranges)
 					a.check(err)
 					diff(b, layer.DiffOptions{Candidates: names.Names})
 				}
+				b.ReportMetric(float64(read.reads), "reads/op")
+				b.ReportMetric(float64(read.bytes>>10), "KiB-read/op")
 			})
 			b.Run("walk", func(b *testing.B) {
 				for b.Loop() {

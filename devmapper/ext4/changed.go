@@ -26,7 +26,7 @@ type Range struct{ Offset, Length int64 }
 // what it relies on. An error that wraps ErrCannotTell asks for the exact walk; others are
 // those of ctx and of the readers.
 func Changed(ctx context.Context, from, to io.ReaderAt, ranges []Range) (*layer.Candidates, error) {
-	c := &comparison{ctx: ctx, inodes: map[uint32]*pair{}, paths: layer.NewCandidates(), dirs: map[uint32]map[uint32]string{}, known: map[uint32]string{rootInode: "."}, read: map[uint32]bool{}}
+	c := &comparison{ctx: ctx, inodes: map[uint32]*pair{}, paths: layer.NewCandidates(), dirs: map[uint32]map[uint32]string{}, known: map[uint32]string{rootInode: "."}, read: map[uint32]bool{}, least: map[uint32]uint32{}}
 	var err error
 	if c.from, err = open(from, "the first file system"); err != nil {
 		return nil, err
@@ -60,6 +60,8 @@ type comparison struct {
 	dirs     map[uint32]map[uint32]string // directory -> inode of a directory in it -> name
 	known    map[uint32]string            // paths of directories
 	read     map[uint32]bool              // directories that were searched for names
+	least    map[uint32]uint32            // what visit returned of them
+	missing  int                          // files of which not all names are known
 }
 
 // pair is an inode in both file systems.
@@ -330,6 +332,7 @@ func (c *comparison) directories() error {
 			c.sought[ino] = &sought{left: int(p.to.links)}
 		}
 	}
+	c.missing = len(c.sought)
 	for _, ino := range c.sorted() {
 		if p := c.inodes[ino]; !c.hidden(ino) && p.to.isDir() && p.to.links > 0 {
 			if err := c.directory(ino, p); err != nil {

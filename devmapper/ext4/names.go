@@ -29,16 +29,24 @@ func (c *comparison) found(dir uint32, name string, ino uint32) {
 		s.names = map[link]bool{}
 	}
 	s.names[l] = true
-	s.left--
+	if s.left--; s.left == 0 {
+		c.missing--
+	}
 }
 
 // names finds the names of the changed files. ext4 records none in an inode, but puts
 // an inode into the group of its directory, mostly a little behind it, or, if there is no room,
-// into a group nearby: so the directories there are read first, and then others until the
-// count of links is reached.
+// into a group nearby. So the directories a little before a file are read first; then the one
+// that a search among those of the flex group leads to; and then others, from the
+// groups nearby on, until the count of links is reached.
 func (c *comparison) names() error {
 	for _, ino := range slices.Sorted(maps.Keys(c.sought)) {
 		if err := c.before(ino); err != nil {
+			return err
+		}
+	}
+	for _, ino := range slices.Sorted(maps.Keys(c.sought)) {
+		if err := c.bisect(ino); err != nil {
 			return err
 		}
 	}
@@ -82,6 +90,9 @@ const fewBlocks = 32
 func (c *comparison) before(ino uint32) error {
 	s := c.sought[ino]
 	n, i := c.to.place(ino)
+	if c.to.groups[n].dirs == 0 {
+		return nil
+	}
 	per := uint32(c.to.blockSize / c.to.inodeSize)
 	for at, end := int64(i/per), max(0, int64(i/per)-fewBlocks+1); at >= end && s.left > 0; at-- {
 		b, err := c.to.block(c.to.groups[n].inodeTable + uint64(at))
@@ -106,9 +117,11 @@ func (c *comparison) sameGroup(ino uint32) (first, last uint64) {
 func (c *comparison) sameFlexGroup(ino uint32) (first, last uint64) {
 	n, _ := c.to.place(ino)
 	flex := uint64(c.to.flexGroups)
-	first = n / flex * flex
+	first = c.flexGroup(n) * flex
 	return first, min(first+flex, c.to.groupCount()) - 1
 }
+
+func (c *comparison) flexGroup(group uint64) uint64 { return group / uint64(c.to.flexGroups) }
 
 func (c *comparison) anyGroup(uint32) (first, last uint64) { return 0, c.to.groupCount() - 1 }
 
@@ -138,7 +151,7 @@ func (c *comparison) scan(n uint64) error {
 	size := c.to.inodeSize
 	count := c.to.inodesPerGroup - g.unused
 	per := uint32(chunk * c.to.blockSize / size)
-	for i := uint32(0); i < count; i += per {
+	for i := uint32(0); i < count && c.missing > 0; i += per {
 		if err := c.ctx.Err(); err != nil {
 			return err
 		}
@@ -166,13 +179,32 @@ func (c *comparison) scanDir(ino uint32, record []byte) error {
 	if err != nil || !d.isDir() || d.links == 0 {
 		return err
 	}
-	c.read[ino] = true
-	return c.to.eachEntry(d, func(e entry) bool {
-		if c.sought[e.ino] != nil && !e.special() {
-			c.found(ino, string(e.name), e.ino)
+	_, err = c.visit(d)
+	return err
+}
+
+// visit looks for names in a directory. least is the lowest inode that it has in its own flex
+// group, 0 if there is none.
+func (c *comparison) visit(d *inode) (least uint32, err error) {
+	if l, ok := c.least[d.ino]; ok {
+		return l, nil
+	}
+	c.read[d.ino] = true
+	own, _ := c.to.place(d.ino)
+	err = c.to.eachEntry(d, func(e entry) bool {
+		if e.special() {
+			return true
+		}
+		if c.sought[e.ino] != nil {
+			c.found(d.ino, string(e.name), e.ino)
+		}
+		if n, _ := c.to.place(e.ino); c.flexGroup(n) == c.flexGroup(own) && (least == 0 || e.ino < least) {
+			least = e.ino
 		}
 		return true
 	})
+	c.least[d.ino] = least
+	return least, err
 }
 
 // path is where a directory is in the second file system.
