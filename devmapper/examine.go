@@ -88,6 +88,15 @@ func (d *driver) damaged(e *examination, r metadata.Report) {
 	for _, p := range r.Problems {
 		e.add(drivers.Finding{Fault: drivers.StorageDamaged, Object: "pool metadata", Detail: p.Error(), Suggestion: d.pool.RepairWords()})
 	}
+	for _, l := range r.Leaks {
+		e.add(leaked(l, d.pool.RebuildWords()))
+	}
+}
+
+// leaked is space that a repair alone gives back.
+func leaked(what error, rebuild string) drivers.Finding {
+	return drivers.Finding{Fault: drivers.StorageLeaked, Object: "pool metadata",
+		Detail: what.Error() + " (a power cut while the kernel handed a discard on does that; nothing else is wrong with them)", Suggestion: "to have them back unmount the pool's layers, close every store on it, and " + rebuild}
 }
 
 // checkSteady checks metadata that may be in use. What a superblock leads to stays until there
@@ -110,7 +119,7 @@ func checkSteady(ctx context.Context, path string) (r metadata.Report, steady bo
 		} else if now, err := metadata.Open(file); err != nil || now.Superblock() != m.Superblock() {
 			continue
 		}
-		if len(r.Problems) == 0 || seen {
+		if len(r.Problems)+len(r.Leaks) == 0 || seen {
 			return r, true, nil
 		}
 		seen = true
@@ -290,6 +299,9 @@ func examineClosed(ctx context.Context, c drivers.Config, o drivers.ExamineOptio
 		for _, p := range report.Problems {
 			e.add(drivers.Finding{Fault: drivers.StorageDamaged, Object: "pool metadata", Detail: p.Error(), Suggestion: repair})
 		}
+		for _, l := range report.Leaks {
+			e.add(leaked(l, thin.RebuildWords(r.Metadata, r.Bytes)))
+		}
 		found, err := thin.Check(ctx, r.Metadata, false)
 		if errdefs.IsUnavailable(err) {
 			e.note("%v: the pool's metadata was checked by layerctl alone", err)
@@ -298,7 +310,7 @@ func examineClosed(ctx context.Context, c drivers.Config, o drivers.ExamineOptio
 		if found != "" {
 			e.add(drivers.Finding{Fault: drivers.StorageDamaged, Object: "pool metadata", Detail: found, Suggestion: repair})
 		}
-		if err == nil && found == "" && len(report.Problems) == 0 {
+		if err == nil && found == "" && len(e.found) == 0 {
 			e.note("the pool's metadata is sound, by layerctl and by thin_check")
 		}
 		return err

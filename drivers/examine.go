@@ -26,6 +26,7 @@ type Fault string
 const (
 	StorageState   Fault = "storage-state"   // what layers are kept in refuses work, or has no room
 	StorageDamaged Fault = "storage-damaged" // its parts do not agree
+	StorageLeaked  Fault = "storage-leaked"  // space of it that nobody has, and nobody gets
 	StrayStorage   Fault = "stray-storage"   // a part of it that no layer has
 	OrphanDevice   Fault = "orphan-device"   // the kernel keeps a device that no layer has
 )

@@ -37,6 +37,7 @@ const (
 	// What drivers find in what they keep layers in.
 	StorageState   = Problem(drivers.StorageState)
 	StorageDamaged = Problem(drivers.StorageDamaged)
+	StorageLeaked  = Problem(drivers.StorageLeaked)
 	StrayStorage   = Problem(drivers.StrayStorage)
 	OrphanDevice   = Problem(drivers.OrphanDevice)
 )

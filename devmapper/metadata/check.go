@@ -15,6 +15,10 @@ type Report struct {
 	// Problems are damage and what does not agree; each wraps ErrDataLoss, or is an error
 	// of a read.
 	Problems []error
+	// Leaks are blocks that a space map counts too often: nobody gets them again. The kernel
+	// leaves some where the power goes while it hands a discard on: it counts each block once
+	// more for that time, and may commit in between.
+	Leaks []error
 	// Accounted: the space maps were compared with what the trees refer to. They are
 	// not in a metadata snapshot, nor where a tree is damaged.
 	Accounted bool

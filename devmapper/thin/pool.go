@@ -280,6 +280,11 @@ func (p *Pool) RepairWords() string {
 	return RepairWords(p.name, p.MetadataPath(), sizeOf(p.MetadataPath()))
 }
 
+// RebuildWords are the command that makes the pool's metadata anew once it is inactive.
+func (p *Pool) RebuildWords() string {
+	return RebuildWords(p.MetadataPath(), sizeOf(p.MetadataPath()))
+}
+
 // ExplainWrite is Explain for a write to a thin device that was an error: it says, too,
 // what was wrong a moment ago.
 func (p *Pool) ExplainWrite() error {

@@ -141,12 +141,18 @@ func (s Status) Explain(device, metadata string, bytes int64) error {
 }
 
 // RepairWords are the commands that mend a pool's metadata, which is on something of so many
-// bytes: a file of that size takes what thin_repair saves.
+// bytes.
 func RepairWords(device, metadata string, bytes int64) string {
 	return fmt.Sprintf("unmount its layers and close every store on it, `dmsetup remove %s` if that is still there, then `thin_check %s`; "+
-		"if that finds nothing `thin_check --clear-needs-check-flag %s`, else `fallocate -l %d /var/tmp/metadata.new && "+
-		"thin_repair -i %s -o /var/tmp/metadata.new && dd if=/var/tmp/metadata.new of=%s bs=1M conv=notrunc,fsync && thin_check --clear-needs-check-flag %s` (package thin-provisioning-tools)",
-		device, metadata, metadata, max(bytes, leastRepair), metadata, metadata, metadata)
+		"if that finds nothing `thin_check --clear-needs-check-flag %s`, else %s", device, metadata, metadata, RebuildWords(metadata, bytes))
+}
+
+// RebuildWords are the command that makes the metadata of an inactive pool anew; a file of
+// its size takes what thin_repair saves.
+func RebuildWords(metadata string, bytes int64) string {
+	return fmt.Sprintf("`fallocate -l %d /var/tmp/metadata.new && thin_repair -i %s -o /var/tmp/metadata.new && "+
+		"dd if=/var/tmp/metadata.new of=%s bs=1M conv=notrunc,fsync && thin_check --clear-needs-check-flag %s` (package thin-provisioning-tools)",
+		max(bytes, leastRepair), metadata, metadata, metadata)
 }
 
 // leastRepair is what metadata has that cannot be opened.
