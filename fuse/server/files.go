@@ -54,7 +54,7 @@ func (s *Server) open(r *request) (int, fuse.Status) {
 		}
 	}
 	mode := uint32(setID) // not known to have none
-	if _, upper := f.Fd(); s.wantsPassthrough(upper) {
+	if s.wantsPassthrough(f.Upper()) {
 		a, err := s.union.Getattr(n, f)
 		if err != nil {
 			_ = f.Close()
@@ -83,7 +83,7 @@ func (s *Server) open(r *request) (int, fuse.Status) {
 // A setuid or setgid file is not in passthrough, where nobody asks who writes. One
 // that gets the bits while it is in passthrough loses them at the next write.
 func (s *Server) openFile(o *fuse.OpenOut, f *union.File, nodeid uint64, flags, mode uint32, created bool) fuse.Status {
-	fd, upper := f.Fd()
+	upper := f.Upper()
 	of := &file{f: f, nodeid: nodeid}
 	n := s.opens.get(nodeid)
 	defer s.opens.put(nodeid, n)
@@ -95,7 +95,7 @@ func (s *Server) openFile(o *fuse.OpenOut, f *union.File, nodeid uint64, flags, 
 		of.through = true
 	case n.cached > 0 || mode&setID != 0 || !s.wantsPassthrough(upper):
 	default:
-		id, err := s.dev.BackingOpen(fd)
+		id, err := s.register(f, &upper)
 		if err != nil { // the page cache works everywhere
 			s.refused(err)
 			break
@@ -109,6 +109,13 @@ func (s *Server) openFile(o *fuse.OpenOut, f *union.File, nodeid uint64, flags, 
 	}
 	o.Fh = s.files.add(of)
 	return fuse.OK
+}
+
+// register makes the file below known to the kernel. upper is what it is now.
+func (s *Server) register(f *union.File, upper *bool) (id int32, err error) {
+	fd, now := f.Fd()
+	*upper = now
+	return s.dev.BackingOpen(fd)
 }
 
 // count enters an open into the node's state and makes its answer.

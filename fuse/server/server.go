@@ -38,7 +38,7 @@ type Options struct {
 	// MaxBackground is how many requests nobody waits for may be under way; 0: 64.
 	MaxBackground int
 	// MaxThreads bounds the threads that answer requests, MaxIdle those that are
-	// kept waiting for one. 0: 64 and 4.
+	// kept waiting for one while many come at once. 0: 64 and 4.
 	MaxThreads, MaxIdle int
 	// Debug logs every request.
 	Debug bool

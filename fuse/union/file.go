@@ -27,6 +27,10 @@ type openFd struct {
 	upper bool
 }
 
+// unopened stands for the file below as long as nobody has asked for its data: what
+// the kernel has in its page cache it reads without us.
+var unopened = &openFd{fd: -1}
+
 // backingFlags are those of open(2) that count for the file below.
 const backingFlags = syscall.O_ACCMODE | syscall.O_SYNC | syscall.O_DSYNC | syscall.O_DIRECT | syscall.O_NOATIME
 
@@ -69,6 +73,11 @@ func (fs *FS) Open(c Caller, n *Node, flags uint32) (*File, error) {
 		}
 	}
 	f := &File{fs: fs, node: n, flags: backing(flags)}
+	if fs.readsAll && !f.writes() && !trunc && !n.has(inUpper|isMetacopy) { // of a metacopy file the data may be missing
+		f.now.Store(unopened)
+		f.keep()
+		return f, nil
+	}
 	first := f.flags
 	if trunc {
 		first |= syscall.O_TRUNC
@@ -111,7 +120,7 @@ func (f *File) open(flags int) error {
 	if err != nil {
 		return err
 	}
-	if old := f.now.Swap(&openFd{fd, upper}); old != nil {
+	if old := f.now.Swap(&openFd{fd, upper}); old != nil && old != unopened {
 		f.old = append(f.old, old)
 	}
 	return nil
@@ -131,21 +140,35 @@ func (fs *FS) openLower(open func(flags int) (int, error), flags int) (int, erro
 // current is the descriptor of what has the node's data now.
 func (f *File) current() (*openFd, error) {
 	o := f.now.Load()
-	if o == nil {
-		return nil, syscall.EBADF
-	}
-	if o.upper || !f.node.has(inUpper) || f.node.has(isMetacopy) {
+	if f.isCurrent(o) {
 		return o, nil
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if o = f.now.Load(); o.upper {
+	if o = f.now.Load(); f.isCurrent(o) {
 		return o, nil
+	}
+	if o == nil {
+		return nil, syscall.EBADF
 	}
 	if err := f.open(f.flags); err != nil {
 		return nil, err
 	}
 	return f.now.Load(), nil
+}
+
+func (f *File) isCurrent(o *openFd) bool {
+	return o != nil && (o.upper || o != unopened && !f.inUpper())
+}
+
+// inUpper tells whether the data of the file are the upper's.
+func (f *File) inUpper() bool { return f.node.has(inUpper) && !f.node.has(isMetacopy) }
+
+// Upper tells whether the data that the file reads are the upper's, without opening
+// what is not open yet.
+func (f *File) Upper() bool {
+	o := f.now.Load()
+	return o != nil && o.upper || f.inUpper()
 }
 
 func (f *File) writes() bool { return f.flags&syscall.O_ACCMODE != syscall.O_RDONLY }
@@ -316,7 +339,9 @@ func (f *File) Close() error {
 		return nil
 	}
 	f.mu.Lock()
-	f.old = append(f.old, o)
+	if o != unopened {
+		f.old = append(f.old, o)
+	}
 	for _, o := range f.old {
 		sys.CloseBare(o.fd)
 	}

@@ -35,6 +35,7 @@ type FS struct {
 	// How this process makes files.
 	uid, gid uint32
 	canSetID bool   // may make them as others
+	readsAll bool   // no file of a layer refuses to be opened
 	umask    uint32 // the process's
 	hidesNew bool   // new directories in merged ones are made opaque
 
@@ -164,6 +165,7 @@ func (fs *FS) openLayer(path string, upper bool) (*sys.Fd, error) {
 func (fs *FS) lookAtProcess() {
 	fs.uid, fs.gid = uint32(os.Geteuid()), uint32(os.Getegid())
 	fs.canSetID = fs.uid == 0
+	fs.readsAll = fs.canSetID && sys.InFirstUserNS()
 	fs.umask = processUmask()
 }
 

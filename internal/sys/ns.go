@@ -2,6 +2,7 @@ package sys
 
 import (
 	"os"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -47,4 +48,11 @@ func PidfdOpen(pid int) (*Fd, error) {
 // Kill sends signal to the process of a pidfd; ESRCH if it is gone.
 func (f *Fd) Kill(signal unix.Signal) error {
 	return f.err("pidfd_send_signal", "", unix.PidfdSendSignal(f.n, signal, nil, 0))
+}
+
+// InFirstUserNS tells whether this process is in the first user namespace; not if
+// there is no telling.
+func InFirstUserNS() bool {
+	ids, err := os.ReadFile("/proc/self/uid_map")
+	return err == nil && strings.Join(strings.Fields(string(ids)), " ") == "0 0 4294967295"
 }
