@@ -190,6 +190,11 @@ func TestDoctorFindsWhatIsLeft(t *testing.T) {
 	dev := strings.TrimSpace(string(out))
 	d := finds("a loop device", "loop-orphan")
 	must(t, exec.Command("losetup", "-d", dev).Run())
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+		if _, err := os.Stat("/sys/block/" + filepath.Base(dev) + "/loop/backing_file"); err != nil {
+			break // somebody, like udev, may have had it open
+		}
+	}
 	if d.Left[0].Object != dev {
 		t.Errorf("it is %s, not %s", dev, d.Left[0].Object)
 	}
