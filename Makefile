@@ -63,7 +63,7 @@ test-vm: deps ## tests on kernels that have device-mapper, project quota, an old
 
 test-power-cuts: deps ## slow: a recorded history of a thin pool's layers, cut at 1,200 flushes, in a virtual machine
 	CGO_ENABLED=0 $(GO) build -o $(BIN)/vm ./internal/testenv/vm/cmd
-	LAYERCTL_EXPECT_DM=1 LAYERCTL_CUT_STEPS=30 LAYERCTL_CUT_POINTS=600 $(GO) test -count=1 -timeout 60m \
+	LAYERCTL_SEED=$${LAYERCTL_SEED:-$$(date +%s)} LAYERCTL_EXPECT_DM=1 LAYERCTL_CUT_STEPS=30 LAYERCTL_CUT_POINTS=600 $(GO) test -count=1 -timeout 60m \
 		-exec "$(CURDIR)/$(BIN)/vm -kernel new -timeout 60m -memory 3072" -run TestPowerCutAtEveryFlush -v ./devmapper
 
 test-btrfs-profiles: deps ## slow, needs root: the btrfs driver on 4 KiB nodes, DUP, zstd, qgroups, simple quotas, nearly full
