@@ -11,7 +11,7 @@ trap 'rm -rf "$out"' EXIT
 CGO_ENABLED=0 go test -c -o "$out/btrfs.test" ./btrfs
 
 # The tests that switch quota on themselves, or fill the file system.
-own='TestQuota|TestUsageByQuota|TestQgroups|TestEnableQuota|TestUsageAfterSync|TestWaitFreed|TestFullFileSystem'
+own='TestQuota|TestUsageByQuota|TestQgroup|TestAccounting|TestEnableQuota|TestUsageAfterSync|TestWaitFreed|TestFullFileSystem'
 
 run() { # name, tests left out, environment...
 	name=$1 skip=$2

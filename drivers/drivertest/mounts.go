@@ -255,7 +255,10 @@ func quotaStops(k *kit) {
 	base := k.layer(drivers.Ref{}, func(dir string) {
 		k.check(os.WriteFile(dir+"/large", make([]byte, 4<<20), 0o644))
 	})
-	quota := max(8<<20, k.caps.LeastQuota+256<<20)
+	quota := int64(8 << 20)
+	if k.caps.LeastQuota > 0 {
+		quota = k.caps.LeastQuota + 256<<20
+	}
 	r := k.create(base, drivers.CreateOptions{Quota: quota})
 	free := k.create(base, drivers.CreateOptions{})
 	dir := k.mount(r, drivers.MountOptions{})
