@@ -15,12 +15,10 @@ import (
 // rename a directory of its parent.
 func TestContainerdSuite(t *testing.T) {
 	testenv.Root(t)
+	testenv.Slow(t)
 	for _, c := range []struct{ name, view string }{
 		{"overlayfs", "layerd-overlay"}, {"native", "layerd-native"}, {"overlayfs", "layerd-fuse"}, {"btrfs", "layerd-btrfs"},
 	} {
-		if testing.Short() && c.view != "layerd-overlay" {
-			continue // its goroutines are the same
-		}
 		t.Run(c.view, func(t *testing.T) {
 			tmp := testenv.Scratch(t)
 			if c.view == "layerd-btrfs" {
