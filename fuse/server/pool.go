@@ -32,7 +32,10 @@ func (p *pool) add() {
 
 // take counts a thread as busy, and reports whether nobody waits now and one more may.
 func (p *pool) take() bool {
-	if p.idle.Add(-1) != 0 || p.threads.Load() >= p.maxThreads {
+	// Loaded in any case: what a thread did that has left comes before what is asked
+	// for now, which the kernel knows and the race detector must see.
+	threads := p.threads.Load()
+	if p.idle.Add(-1) != 0 || threads >= p.maxThreads {
 		return false
 	}
 	p.busy.Store(busyTime)
