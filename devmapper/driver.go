@@ -105,6 +105,9 @@ func (d *driver) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o laye
 	if err := d.pool.Activate(ctx, v); err != nil {
 		return err
 	}
+	if err := d.unsuspend(ctx, r.ID, v.Name); err != nil { // or mount(2) waits for ever
+		return err
+	}
 	t, err := mount.Detached(ctx, []mount.Mount{l.fs.mount(v, drivers.MountOptions{Volatile: o.Volatile})})
 	if err != nil {
 		return err

@@ -404,6 +404,27 @@ func archive(name, content string) []byte {
 	return b.Bytes()
 }
 
+// byMounts and byApply are what is done first with a layer after a process has died that was
+// at work with it: either resumes what is suspended.
+func byMounts(b *bench, r drivers.Ref) error {
+	_, err := b.Mounts(b.Context(), r, drivers.MountOptions{})
+	return err
+}
+
+func byApply(b *bench, r drivers.Ref) error {
+	done := make(chan error, 1)
+	go func() {
+		done <- b.Apply(context.Background(), r, bytes.NewReader(archive("applied", "applied")), layer.ApplyOptions{})
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(time.Minute):
+		resumeErr := byMounts(b, r) // so that it ends
+		return errors.Join(errors.New("apply waits for a device that nobody resumes"), <-done, resumeErr)
+	}
+}
+
 // A process that dies in a commit or diff of a layer that is mounted leaves the mount
 // at work, and nothing that the next one does not take away.
 func TestProcessDiesAtEachStepOfAMountedLayer(t *testing.T) {
@@ -412,30 +433,39 @@ func TestProcessDiesAtEachStepOfAMountedLayer(t *testing.T) {
 	b.write(base, "base", "base")
 	b.commit(base)
 	for _, op := range []string{"commit", "diff"} {
-		for n, id := 0, drivers.ID(100); ; n, id = n+1, id+1 {
-			r := b.create(id, 1)
-			dir, unmount := b.mount(r)
-			b.check(os.WriteFile(dir+"/f", []byte("before"), 0o644))
-			dead := b.died(b.start(child{Root: b.root, Step: n, Op: op, ID: id, Base: 1}))
-			// Whoever is next resumes what is suspended.
-			if _, err := b.Mounts(t.Context(), r, drivers.MountOptions{}); err != nil {
-				t.Errorf("%s killed at step %d: %v", op, n, err)
-			}
-			if l, err := b.layer(id); err == nil && l.Kind == writable {
-				b.check(os.WriteFile(dir+"/f", []byte("after"), 0o644))
-			}
-			if _, err := b.Commit(t.Context(), r, drivers.CommitOptions{}); err != nil && !errdefs.IsFailedPrecondition(err) {
-				t.Errorf("%s killed at step %d, commit: %v", op, n, err)
-			}
-			unmount()
-			b.remove(id)
-			b.nothingLoose(fmt.Sprintf("%s killed at step %d", op, n))
-			if !dead {
-				break
-			}
+		for n, id := 0, drivers.ID(100); b.killedAt(op, n, id, byMounts); n, id = n+1, id+1 {
+		}
+	}
+	for op, suspended := range map[string]int{"commit": 1, "diff": 0} {
+		if !b.killedAt(op, suspended, 200, byApply) {
+			t.Errorf("%s has no step %d", op, suspended)
 		}
 	}
 	b.file(base, "base", "base")
+}
+
+// killedAt has a process die at a step of a commit or diff of a mounted layer, and
+// reports whether there is such a step.
+func (b *bench) killedAt(op string, n int, id drivers.ID, next func(*bench, drivers.Ref) error) (dead bool) {
+	b.Helper()
+	what := fmt.Sprintf("%s killed at step %d", op, n)
+	r := b.create(id, 1)
+	dir, unmount := b.mount(r)
+	b.check(os.WriteFile(dir+"/f", []byte("before"), 0o644))
+	dead = b.died(b.start(child{Root: b.root, Step: n, Op: op, ID: id, Base: 1}))
+	if err := next(b, r); err != nil {
+		b.Errorf("%s, then: %v", what, err)
+	}
+	if l, err := b.layer(id); err == nil && l.Kind == writable {
+		b.check(os.WriteFile(dir+"/f", []byte("after"), 0o644))
+	}
+	if _, err := b.Commit(b.Context(), r, drivers.CommitOptions{}); err != nil && !errdefs.IsFailedPrecondition(err) {
+		b.Errorf("%s, commit: %v", what, err)
+	}
+	unmount()
+	b.remove(id)
+	b.nothingLoose(what)
+	return dead
 }
 
 // Processes work on one pool at the same time, and some die at any step: no id is
