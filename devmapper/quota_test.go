@@ -9,8 +9,13 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
+	"github.com/layerctl/layerctl/snapshot"
 )
 
 // room is the size of the file system that a layer shows.
@@ -106,4 +111,34 @@ func TestDiffOfGrownLayers(t *testing.T) {
 		t.Errorf("diff to what has grown: %s", got)
 	}
 	b.remove(3, 2, 1)
+}
+
+// containerd's label of a size is a hint: below the parent's size the layer is made as large
+// as that.
+func TestMaxSizeLabelBelowTheParents(t *testing.T) {
+	needsDM(t)
+	var said []string
+	s, err := snapshot.Open(t.Context(), testenv.FS(t, "ext4", testenv.Size(512*mib)), snapshot.Options{
+		Registry: drivers.NewRegistry(Factory()), Log: func(m string) { said = append(said, m) },
+		DriverOptions: map[string]map[string]string{Name: {"size": "320MiB"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := s.View("v", Name)
+	if err == nil {
+		_, err = v.Prepare(t.Context(), "small", "", snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotMaxSize: "104857600"}))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(said) != 1 || !strings.Contains(said[0], "335544320") {
+		t.Errorf("said: %q", said)
+	}
+	if err := v.Create(t.Context(), "strict", "", snapshot.CreateOptions{Quota: 100 * mib}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a quota that is no hint: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
 }

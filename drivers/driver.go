@@ -168,7 +168,9 @@ type CreateOptions struct {
 	// ReadOnly makes a view: it can be mounted and removed, never committed.
 	ReadOnly bool
 	// Quota bounds what may be written, in bytes; 0 means no limit. Needs
-	// Capabilities.Quota.
+	// Capabilities.Quota. One that the driver cannot give, below LeastQuota or below
+	// the parent's size for one, is ErrInvalidArgument: who has it from a hint leaves
+	// it out then.
 	Quota int64
 	// RootOwner owns the root directory of a parentless layer; nil means 0:0. That
 	// directory's mode is 0755 and its times are 0, the same on every driver.

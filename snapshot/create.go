@@ -21,7 +21,7 @@ import (
 type CreateOptions struct {
 	ReadOnly  bool // a view
 	Labels    map[string]string
-	Quota     int64          // bytes; 0 means what the label containerd.io/snapshot/max-size says, or no limit
+	Quota     int64          // bytes; 0 means what the label containerd.io/snapshot/max-size says, as far as the driver can, or no limit
 	RootOwner *drivers.Owner // of a parentless snapshot's root; nil means 0:0
 	IDMap     drivers.IDMap  // empty means what the labels .../uidmapping and .../gidmapping say
 }
@@ -67,7 +67,8 @@ type creation struct {
 	base   *node // the parent, locked; nil if there is none
 	id     drivers.ID
 	ref    drivers.Ref
-	quota  int64 // that the driver was asked for
+	quota  int64 // that the layer was made with
+	hint   bool  // the quota is a wish: the label's
 	mounts []mount.Mount
 }
 
@@ -198,7 +199,7 @@ func (c *creation) try(ctx context.Context, block *block, co drivers.CreateOptio
 	if c.base != nil {
 		c.ref.Parents = append([]drivers.ID{c.base.ref.ID}, c.base.ref.Parents...)
 	}
-	err := c.d.Create(ctx, c.ref, co)
+	err := c.makeLayer(ctx, co)
 	if errdefs.IsAlreadyExists(err) {
 		s.ids.settled(block, nil)
 		return fmt.Errorf("%w: %w", errStray, err)
@@ -220,6 +221,32 @@ func (c *creation) try(ctx context.Context, block *block, co drivers.CreateOptio
 	}
 	_ = faults.Point(ctx, "store: create: recorded") // done is done
 	return nil
+}
+
+func (c *creation) makeLayer(ctx context.Context, co drivers.CreateOptions) (err error) {
+	if c.hint {
+		c.quota, err = c.v.s.createHinted(ctx, c.d, c.ref, co)
+		return err
+	}
+	return c.d.Create(ctx, c.ref, co)
+}
+
+// createHinted has a driver make a layer with a quota that is a wish. What the driver cannot
+// make, smaller than the parent for one, is made without; quota is what it has.
+func (s *Store) createHinted(ctx context.Context, d drivers.Driver, r drivers.Ref, co drivers.CreateOptions) (quota int64, err error) {
+	err = d.Create(ctx, r, co)
+	if !errdefs.IsInvalidArgument(err) && !errdefs.IsPermissionDenied(err) {
+		return co.Quota, err
+	}
+	if removeErr := d.Remove(ctx, r.ID); removeErr != nil {
+		return 0, errors.Join(err, removeErr)
+	}
+	co.Quota = 0
+	refused := err
+	if err = d.Create(ctx, r, co); err == nil {
+		s.o.Log(fmt.Sprintf("layer %s has no quota of its own, the label %s is a hint: %v", r.ID, snapshots.LabelSnapshotMaxSize, refused))
+	}
+	return 0, err
 }
 
 // record writes the new snapshot's records, unless the key was taken or the
@@ -309,13 +336,14 @@ func (c *creation) driverOptions() (drivers.CreateOptions, error) {
 		ReadOnly: c.o.ReadOnly, Quota: c.o.Quota, RootOwner: c.o.RootOwner, IDMap: c.o.IDMap, Volatile: c.v.s.o.Volatile,
 	}
 	caps := c.d.Capabilities()
-	// The label is a hint that a driver without quotas leaves alone.
+	// The label is a hint: a driver without quotas leaves it alone, and makeLayer one that
+	// the driver refuses.
 	if size := c.o.Labels[snapshots.LabelSnapshotMaxSize]; size != "" && co.Quota == 0 && caps.Quota && !co.ReadOnly {
 		n, err := strconv.ParseInt(size, 10, 64)
 		if err != nil || n < 0 {
 			return co, fmt.Errorf("label %s: %q is not a number of bytes: %w", snapshots.LabelSnapshotMaxSize, size, errdefs.ErrInvalidArgument)
 		}
-		co.Quota = n
+		co.Quota, c.hint = n, n > 0
 	}
 	if co.IDMap.IsZero() {
 		var err error

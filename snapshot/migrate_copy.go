@@ -84,7 +84,7 @@ func (m *migration) tryCopy(ctx context.Context, n *member, id drivers.ID, block
 	release, err := m.onCopies(ctx, c)
 	if err == nil {
 		defer release()
-		err = m.d.Create(ctx, c.ref, m.createOptions(n))
+		err = m.createCopy(ctx, c)
 	}
 	if errdefs.IsAlreadyExists(err) {
 		m.s.ids.settled(block, nil)
@@ -146,6 +146,15 @@ func (m *migration) onCopies(ctx context.Context, c *duplicate) (release func(),
 		release()
 	}
 	return release, err
+}
+
+func (m *migration) createCopy(ctx context.Context, c *duplicate) error {
+	o := m.createOptions(c.n)
+	if o.Quota > 0 && c.n.name.Labels[snapshots.LabelSnapshotMaxSize] != "" {
+		_, err := m.s.createHinted(ctx, m.d, c.ref, o)
+		return err
+	}
+	return m.d.Create(ctx, c.ref, o)
 }
 
 func (m *migration) createOptions(n *member) drivers.CreateOptions {
