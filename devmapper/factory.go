@@ -180,10 +180,10 @@ func open(ctx context.Context, c drivers.Config) (d *driver, err error) {
 }
 
 func (d *driver) start(ctx context.Context, o options) error {
-	if err := d.openTemplate(ctx, o); err != nil {
+	if err := d.pool.Exclusive(ctx, d.recover); err != nil {
 		return err
 	}
-	if err := d.pool.Exclusive(ctx, d.recover); err != nil {
+	if err := d.openTemplate(ctx, o); err != nil {
 		return err
 	}
 	idMap, err := d.tryTemplate(ctx)

@@ -288,6 +288,7 @@ type child struct {
 	ID    drivers.ID
 	Base  drivers.ID
 	Lives int
+	FS    string // the option filesystem
 }
 
 func (b *bench) start(c child) *exec.Cmd {
@@ -329,10 +330,6 @@ func TestChild(t *testing.T) {
 	if err := json.Unmarshal([]byte(text), &c); err != nil {
 		t.Fatal(err)
 	}
-	opened, err := Open(context.Background(), drivers.Config{Root: c.Root})
-	if err != nil {
-		t.Fatal(err)
-	}
 	n := 0
 	ctx := faults.With(context.Background(), func(string) error {
 		if n++; c.Step >= 0 && n > c.Step {
@@ -341,6 +338,14 @@ func TestChild(t *testing.T) {
 		}
 		return nil
 	})
+	opening := context.Background()
+	if c.Op == "open" {
+		opening = ctx
+	}
+	opened, err := Open(opening, drivers.Config{Root: c.Root, Options: map[string]string{"filesystem": c.FS}})
+	if err != nil {
+		t.Fatal(err)
+	}
 	d := opened.(*driver)
 	switch c.Op {
 	case "commit":

@@ -222,7 +222,8 @@ func (d *driver) records(do func(drivers.ID, *record, error) error) error {
 	return nil
 }
 
-// usedIDs reads every record. What one that cannot be read named takeID finds.
+// usedIDs are the ids that a record names, and those that the pool has: what has lost its
+// record, or has one that cannot be read, is nobody's to take. It is called with the pool's lock.
 func (d *driver) usedIDs() (map[uint32]bool, error) {
 	ts, err := d.templates()
 	if err != nil {
@@ -232,8 +233,10 @@ func (d *driver) usedIDs() (map[uint32]bool, error) {
 	for _, t := range ts {
 		used[t.Thin] = true
 	}
-	err = d.records(func(_ drivers.ID, r *record, err error) error {
+	unreadable := ""
+	err = d.records(func(id drivers.ID, r *record, err error) error {
 		if errdefs.IsDataLoss(err) {
+			unreadable = id.String()
 			return nil
 		}
 		if err == nil {
@@ -250,6 +253,16 @@ func (d *driver) usedIDs() (map[uint32]bool, error) {
 	}
 	for _, id := range temps {
 		used[id] = true
+	}
+	devices, ok, err := d.devicesNow()
+	if err != nil {
+		return nil, err
+	}
+	if !ok && unreadable != "" {
+		return nil, fmt.Errorf("the record of layer %s cannot be read, nor the pool's metadata that has its thin device (it changes all the time?): %w", unreadable, errdefs.ErrUnavailable)
+	}
+	for _, dev := range devices { // without them takeID finds out
+		used[uint32(dev.ID)] = true
 	}
 	return used, nil
 }

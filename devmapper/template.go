@@ -90,43 +90,51 @@ func (d *driver) makeTemplate(ctx context.Context, o options) error {
 			d.template = t
 			return o.agree(&t) // another was quicker
 		}
-		id, err := d.freeID(c)
+		tmp, err := d.reserve(c, c.CreateThin)
 		if err != nil {
 			return err
 		}
-		if o.size == 0 {
-			o.size = defaultSize
-		}
-		t := template{FS: f.name, Bytes: o.size / d.pool.BlockBytes() * d.pool.BlockBytes(), Thin: id, Tool: f.program + " " + strings.Join(f.args, " ")}
-		v := thin.Volume{Name: d.deviceName(0, id), ID: id, Sectors: t.sectors()}
-		if err := c.Deactivate(v.Name); err != nil { // of an Open that died
-			return err
-		}
-		if err := c.Delete(id); err != nil {
-			return err
-		}
-		if err := c.CreateThin(id); err != nil {
-			return err
-		}
-		if err := c.Activate(ctx, v); err != nil {
-			return err
-		}
-		err = t.make(ctx, f, v)
-		if dropErr := deactivateSoon(c, v.Name); err == nil {
-			err = dropErr
+		t, err := d.fillTemplate(ctx, c, f, o.size, tmp.id)
+		if err == nil {
+			err = thin.WriteJSON(d.dir, f.templateFile(), &t)
 		}
 		if err != nil {
-			return fmt.Errorf("template: %w", err)
+			return errors.Join(err, d.dropTemplate(c, f, tmp))
 		}
-		if err := drivers.Step(ctx, "devmapper: open: template made"); err != nil {
-			return err
-		}
-		if err := thin.WriteJSON(d.dir, f.templateFile(), &t); err != nil {
-			return err
-		}
-		d.template, d.used[id] = t, true
+		d.forget(tmp)
+		d.template = t
 		return nil
 	})
+}
+
+// fillTemplate makes the file system on a thin device without blocks.
+func (d *driver) fillTemplate(ctx context.Context, c *thin.Change, f *fileSystem, size int64, id uint32) (template, error) {
+	if size == 0 {
+		size = defaultSize
+	}
+	t := template{FS: f.name, Bytes: size / d.pool.BlockBytes() * d.pool.BlockBytes(), Thin: id, Tool: f.program + " " + strings.Join(f.args, " ")}
+	v := d.private(id, t.sectors(), false)
+	if err := c.Activate(ctx, v); err != nil {
+		return t, err
+	}
+	err := t.make(ctx, f, v)
+	if dropErr := deactivateSoon(c, v.Name); err == nil {
+		err = dropErr
+	}
+	if err != nil {
+		return t, fmt.Errorf("template: %w", err)
+	}
+	return t, drivers.Step(ctx, "devmapper: open: template made")
+}
+
+// dropTemplate deletes a template's thin device unless the template may be there: what
+// writes that down may fail after it has.
+func (d *driver) dropTemplate(c *thin.Change, f *fileSystem, tmp temp) error {
+	if there, err := d.dir.Exists(f.templateFile()); err != nil || there {
+		tmp.lock.Close() // a sweep will know
+		return err
+	}
+	return d.drop(c, tmp)
 }
 
 // deactivateSoon removes a device that is just being closed.
