@@ -215,8 +215,12 @@ func (d *driver) snapshotOf(ctx context.Context, id drivers.ID, l *record) (t te
 		if !suspended {
 			return
 		}
-		if resumeErr := d.pool.Resume(context.WithoutCancel(ctx), name); err == nil {
-			err = resumeErr
+		resumeErr := d.pool.Resume(context.WithoutCancel(ctx), name)
+		if errdefs.IsNotFound(resumeErr) { // removed, by somebody who found it idle: what was written is in the snapshot
+			resumeErr = nil
+		}
+		if err == nil && resumeErr != nil {
+			err = errors.Join(resumeErr, d.pool.Exclusive(context.WithoutCancel(ctx), func(c *thin.Change) error { return d.drop(c, t) }))
 		}
 	}()
 	if err := drivers.Step(ctx, "devmapper: suspended"); err != nil {

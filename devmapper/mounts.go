@@ -95,6 +95,9 @@ func (d *driver) dropIdle(ctx context.Context) {
 			if err == nil && time.Since(time.Unix(st.Mtime.Sec, 0)) < idleAfter {
 				continue
 			}
+			if i, err := d.pool.Info(name); err != nil || i.Suspended { // a Commit or Diff is at work with it
+				continue
+			}
 			_ = c.Deactivate(name)
 		}
 		return nil

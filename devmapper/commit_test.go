@@ -1,0 +1,97 @@
+package devmapper
+
+import (
+	"context"
+	"os"
+	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/layerctl/layerctl/devmapper/dm"
+	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/faults"
+	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
+)
+
+// atSuspended is a context of a call that is interrupted by do while it has a device suspended.
+func (b *bench) atSuspended(do func()) context.Context {
+	return faults.With(b.Context(), func(step string) error {
+		if step == "devmapper: suspended" {
+			do()
+		}
+		return nil
+	})
+}
+
+func (b *bench) diffIn(ctx context.Context, from, to drivers.Ref) (changes int, err error) {
+	for _, err := range b.Diff(ctx, from, to) {
+		if err != nil {
+			return changes, err
+		}
+		changes++
+	}
+	return changes, nil
+}
+
+// A device that is suspended for a snapshot and that somebody, seeing that nobody has it open,
+// removes meanwhile needs no resuming.
+func TestSuspendedDeviceThatGoes(t *testing.T) {
+	b := newBench(t, 512*mib, nil)
+	base := b.create(1)
+	b.commit(base)
+	r := b.create(2, 1)
+	b.write(r, "f", "x") // its device stays
+	name, gone := b.deviceName(2, 2), false
+	changes, err := b.diffIn(b.atSuspended(func() {
+		b.dmsetup("remove", name)
+		gone = true
+	}), base, r)
+	if err != nil || changes != 2 || !gone { // and the root
+		t.Errorf("%d changes, %v; removed %v", changes, err, gone)
+	}
+	b.file(r, "f", "x")
+	b.remove(2, 1)
+	b.nothingLoose("the diff")
+}
+
+// noCookies has udev seem to run and no semaphore be left, so that nothing can be resumed, until
+// again is called.
+func (b *bench) noCookies() (again func()) {
+	b.Helper()
+	const limits = "/proc/sys/kernel/sem"
+	saved, err := os.ReadFile(limits)
+	b.check(err)
+	b.check(sys.Mount("tmpfs", "/run", "tmpfs", 0, ""))
+	b.check(os.Mkdir("/run/udev", 0o755))
+	b.check(os.WriteFile("/run/udev/control", nil, 0o600))
+	b.check(os.WriteFile(limits, []byte("32000 0 500 0"), 0))
+	return func() {
+		b.Helper()
+		b.check(os.WriteFile(limits, saved, 0))
+		b.check(sys.Umount("/run", 0))
+	}
+}
+
+// A snapshot whose origin cannot be resumed is dropped with the call's error, and the next call
+// resumes the origin.
+func TestSnapshotOfWhatCannotBeResumed(t *testing.T) {
+	b := newBench(t, 512*mib, nil)
+	if dm.UdevRuns() {
+		testenv.Optional(t, "udev runs here: it would miss what is done without it")
+	}
+	r := b.create(1)
+	b.write(r, "f", "x")
+	again := func() {}
+	_, err := b.diffIn(b.atSuspended(func() { again = b.noCookies() }), drivers.Ref{}, r)
+	again()
+	if !errdefs.IsResourceExhausted(err) {
+		t.Errorf("diff: %v", err)
+	}
+	if temps, err := b.tempIDs(); err != nil || len(temps) > 0 {
+		t.Errorf("in tmp: %v, %v", temps, err)
+	}
+	b.file(r, "f", "x")
+	b.remove(1)
+	b.nothingLoose("the diff")
+}
