@@ -179,10 +179,9 @@ func (d *driver) commitSnapshot(ctx context.Context, r drivers.Ref, l *record, v
 		if err := d.replace(r.ID, l); err != nil {
 			return err
 		}
-		if err := c.RemoveLater(v.Name); err != nil {
-			return err
-		}
-		return d.sweepTemps(c)
+		_ = c.RemoveLater(v.Name) // done is done: Remove, Close and the next sweep do what this cannot
+		_ = d.sweepTemps(c)
+		return nil
 	})
 	if err != nil {
 		return none, err

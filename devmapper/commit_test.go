@@ -3,6 +3,7 @@ package devmapper
 import (
 	"context"
 	"os"
+	"os/exec"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -94,4 +95,38 @@ func TestSnapshotOfWhatCannotBeResumed(t *testing.T) {
 	b.file(r, "f", "x")
 	b.remove(1)
 	b.nothingLoose("the diff")
+}
+
+// Cleaning up that fails once a call's work is done is no failure of the call: the next sweep
+// does it.
+func TestCleanUpThatFails(t *testing.T) {
+	b := newBench(t, 512*mib, nil)
+	base, victim := b.create(1), b.create(2)
+	b.commit(base)
+	r := b.create(3, 1)
+	_, unmount := b.mount(r)
+	const stray = 4711
+	b.check(os.WriteFile(b.tempPath(stray), nil, 0o600))
+	tmp := b.root + "/" + tempDir
+	chattr := func(flag string) {
+		t.Helper()
+		if out, err := exec.Command(testenv.Program(t, "chattr", "e2fsprogs"), flag, tmp).CombinedOutput(); err != nil {
+			t.Fatalf("chattr %s: %v: %s", flag, err, out)
+		}
+	}
+	chattr("+a") // nothing in it can be removed
+	t.Cleanup(func() { chattr("-a") })
+	if err := os.Remove(b.tempPath(stray)); err == nil {
+		t.Error("a file in it can be removed")
+	}
+	b.commit(r)
+	b.remove(victim.ID)
+	chattr("-a")
+	unmount()
+	b.remove(3, 1)
+	b.nothingLoose("that")
+	b.check(b.pool.Exclusive(t.Context(), b.sweepTemps))
+	if temps, err := b.tempIDs(); err != nil || len(temps) > 0 {
+		t.Errorf("in tmp: %v, %v", temps, err)
+	}
 }
