@@ -57,7 +57,8 @@ func TestPowerCutFindsALayerThatIsNotThere(t *testing.T) {
 	early := func(w *work, id drivers.ID) { c.disk.Mark("committed-%s", id) }
 	log := c.record(3, early)
 	c.complain = func(string, ...any) { c.complaints++ }
-	c.replay(log, 8)
+	c.fromFirst = true // all moments until one of them is seen through
+	c.replay(log, len(log.Entries))
 	if c.complaints == 0 {
 		t.Error("nothing is found")
 	}
@@ -111,8 +112,9 @@ type cutter struct {
 	trees map[drivers.ID]map[string]string // of every layer that was ever committed, by path
 
 	complain   func(format string, args ...any) // nil: Errorf
-	complaints int
-	leaks      int // moments after which the pool had blocks for nobody
+	complaints int                              // replay ends with the first
+	fromFirst  bool                             // only moments at which a layer was said to be committed
+	leaks      int                              // moments after which the pool had blocks for nobody
 }
 
 // record has layers made, changed, committed, shown and removed; before, if not nil, is called
@@ -305,10 +307,14 @@ func (c *cutter) replay(log *dmtest.Log, points int) {
 	every := max(1, float64(len(at))/float64(points))
 	rep := c.disk.Replay(log)
 	done := 0
-	for f := c.r.Float64() * every; int(f) < len(at) && !c.Failed(); f += every {
+	for f := c.r.Float64() * every; int(f) < len(at) && !c.Failed() && c.complaints == 0; f += every {
 		i, next := at[int(f)], len(log.Entries)
 		if int(f)+1 < len(at) {
 			next = at[int(f)+1]
+		}
+		kept := said(log.Entries[:next])
+		if c.fromFirst && len(kept) == 0 {
+			continue
 		}
 		var also []int
 		for j := i + 1; j < next && done%2 == 1; j++ {
@@ -318,7 +324,7 @@ func (c *cutter) replay(log *dmtest.Log, points int) {
 		}
 		rep.To(i + 1)
 		rep.Cut(cutDisk, also)
-		c.look(fmt.Sprintf("after write %d of %d and %d of the %d before the next flush", i, len(log.Entries), len(also), next-i-1), said(log.Entries[:next]))
+		c.look(fmt.Sprintf("after write %d of %d and %d of the %d before the next flush", i, len(log.Entries), len(also), next-i-1), kept)
 		c.disk.Drop(cutDisk)
 		done++
 	}
