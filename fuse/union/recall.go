@@ -194,14 +194,15 @@ func (fs *FS) recall(id uint64) (*Node, error) {
 	t := fs.table
 	t.mu.Lock()
 	n := t.byID[id]
-	if n != nil && !n.has(isDead) {
+	alive := n != nil && !n.has(isDead)
+	if alive {
 		n.refs++
 	}
 	t.mu.Unlock()
-	if n != nil && !n.has(isDead) {
+	switch {
+	case alive:
 		return n, nil
-	}
-	if n != nil || fs.handleTable == nil {
+	case n != nil || fs.handleTable == nil:
 		return nil, syscall.ESTALE
 	}
 	var object fileID
