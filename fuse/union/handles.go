@@ -2,12 +2,12 @@ package union
 
 import (
 	"bytes"
-	"crypto/rand"
 	"encoding/binary"
 	"fmt"
 	"hash/crc32"
 	"hash/maphash"
 	"io"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -132,11 +132,7 @@ func (t *handleTable) load() error {
 		return err
 	}
 	if n < recordSize || string(head[8:16]) != headerMagic || binary.LittleEndian.Uint32(head[:]) != crc32.Checksum(head[4:], crcTable) {
-		var b [4]byte
-		if _, err := rand.Read(b[:]); err != nil {
-			return err
-		}
-		t.incarnation = binary.LittleEndian.Uint32(b[:])
+		t.incarnation = rand.Uint32()
 		return t.file.Truncate(0)
 	}
 	t.incarnation = head.generation()

@@ -1,9 +1,8 @@
 package union
 
 import (
-	"crypto/rand"
 	"crypto/sha256"
-	"encoding/binary"
+	"math/rand/v2"
 	"strconv"
 	"strings"
 	"syscall"
@@ -28,11 +27,7 @@ func (fs *FS) openTable(asked bool) error {
 	if !asked {
 		return nil
 	}
-	var b [4]byte
-	if _, err := rand.Read(b[:]); err != nil {
-		return err
-	}
-	fs.generation = binary.LittleEndian.Uint32(b[:]) // another FS's handles are of other nodes
+	fs.generation = rand.Uint32() // another FS's handles are of other nodes
 	if !fs.config.NFSExport {
 		fs.say("nfs_export: file handles do not outlive the kernel's memory of a file: there is no index")
 		return nil
