@@ -95,7 +95,9 @@ func (s *Server) openFile(o *fuse.OpenOut, f *union.File, nodeid uint64, flags, 
 		of.through = true
 	case n.cached > 0 || mode&setID != 0 || !s.wantsPassthrough(upper):
 	default:
-		id, err := s.register(f, &upper)
+		var fd int
+		fd, upper = f.Fd() // of what it is now
+		id, err := s.dev.BackingOpen(fd)
 		if err != nil { // the page cache works everywhere
 			s.refused(err)
 			break
@@ -109,13 +111,6 @@ func (s *Server) openFile(o *fuse.OpenOut, f *union.File, nodeid uint64, flags, 
 	}
 	o.Fh = s.files.add(of)
 	return fuse.OK
-}
-
-// register makes the file below known to the kernel. upper is what it is now.
-func (s *Server) register(f *union.File, upper *bool) (id int32, err error) {
-	fd, now := f.Fd()
-	*upper = now
-	return s.dev.BackingOpen(fd)
 }
 
 // count enters an open into the node's state and makes its answer.
