@@ -34,7 +34,7 @@ type MigrateOptions struct {
 // MigrateProgress is how far a migration is.
 type MigrateProgress struct {
 	Key   string // the snapshot being copied, "" while the records are switched
-	Done  int    // snapshots copied
+	Done  int    // snapshots copied, by an earlier call that ended early, too
 	Total int    // snapshots to be copied
 	Bytes int64  // of archives written so far
 }
@@ -174,7 +174,7 @@ type migration struct {
 
 	members []*member               // parents first
 	seen    map[drivers.ID]Migrated // what is known for the report, by the old ID
-	done    int                     // copies made by this call
+	done    int                     // members that have a copy
 	bytes   int64
 }
 

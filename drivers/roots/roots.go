@@ -11,6 +11,7 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/layerctl/layerctl/drivers"
@@ -42,7 +43,7 @@ func Make(path string, more ...string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for _, name := range append(append([]string(nil), All...), more...) {
+	for _, name := range slices.Concat(All, more) {
 		also, err := makeDir(filepath.Join(root, name))
 		if err != nil {
 			return "", err

@@ -54,9 +54,10 @@ const (
 
 	// firstUnlasting is the first ID of nodes that have no record.
 	firstUnlasting = 1 << 46
-	// fewHandles: of so many records none is looked after.
+	// fewHandles: of fewer records none is looked after.
 	fewHandles = 1 << 14
-	fewFreed   = 1 << 10
+	// fewFreed: for no more free places a new incarnation is begun.
+	fewFreed = 1 << 10
 )
 
 // record is one: checksum of the rest 4, generation 4, UUID of the file system 16,
