@@ -214,12 +214,8 @@ func (h *history) alike(a, b drivers.Ref) bool {
 	if !apart {
 		h.Fatal("siblings are said not to be")
 	}
-	from, err := h.d.still(h.ctx, a, true)
-	h.must(err)
-	defer from.close()
-	to, err := h.d.still(h.ctx, b, true)
-	h.must(err)
-	defer to.close()
+	from, to, done := h.sendTrees(a, b)
+	defer done()
 	alike, err := takenForOne(from.fd, to.fd, since)
 	h.must(err)
 	return alike

@@ -24,14 +24,10 @@ func disturbed(t *testing.T, happens func()) {
 		h.must(os.WriteFile(fmt.Sprintf("%s/%s%d", tree, strings.Repeat("n", 200), i), nil, 0o644))
 	}
 	h.commit(r)
-	a, err := h.d.still(h.ctx, base, true)
-	h.must(err)
-	defer a.close()
-	b, err := h.d.still(h.ctx, r, true)
-	h.must(err)
-	defer b.close()
+	a, b, done := h.sendTrees(base, r)
+	defer done()
 	files := 0
-	err = eachCommand(h.ctx, a.fd, b.fd, func() func(*send.Command) {
+	err := eachCommand(h.ctx, a.fd, b.fd, func() func(*send.Command) {
 		files = 0
 		return func(c *send.Command) {
 			if happens(); c.Verb == send.MKFILE {

@@ -162,17 +162,26 @@ func (h *history) differs(from, to drivers.Ref) string {
 	return got.Differs(want)
 }
 
+// sendTrees are the trees of two layers, such as can be sent, until done.
+func (h *history) sendTrees(from, to drivers.Ref) (a, b *stillTree, done func()) {
+	h.Helper()
+	a, err := h.d.still(h.ctx, from, true)
+	h.must(err)
+	b, err = h.d.still(h.ctx, to, true)
+	if err != nil {
+		a.close()
+		h.Fatal(err)
+	}
+	return a, b, func() { b.close(); a.close() }
+}
+
 // sendable reports whether SEND says what changed: a diff that quietly walked
 // would prove nothing.
 func (h *history) sendable(from, to drivers.Ref) bool {
 	h.Helper()
-	a, err := h.d.still(h.ctx, from, true)
-	h.must(err)
-	defer a.close()
-	b, err := h.d.still(h.ctx, to, true)
-	h.must(err)
-	defer b.close()
-	_, err = touched(h.ctx, a.fd, b.fd)
+	a, b, done := h.sendTrees(from, to)
+	defer done()
+	_, err := touched(h.ctx, a.fd, b.fd)
 	if err != nil && !cannotSend(err) {
 		h.Fatal(err)
 	}
