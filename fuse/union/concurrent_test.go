@@ -4,7 +4,6 @@ import (
 	"errors"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"strconv"
 	"sync"
 	"syscall"
@@ -42,10 +41,7 @@ func TestManyAtOnce(t *testing.T) {
 		dir, err := os.MkdirTemp(base, "c")
 		must(t, err)
 		rc.build(t, dir)
-		c = rc.c
-		c.Upper, c.Work = filepath.Join(dir, "upper"), filepath.Join(dir, "work")
-		must(t, os.Mkdir(c.Upper, 0o755))
-		must(t, os.Mkdir(c.Work, 0o755))
+		c = rc.withUpper(t, dir, "")
 		u := openUnion(t, c)
 		u.shared = true
 		var wg sync.WaitGroup

@@ -24,6 +24,18 @@ type tableTest struct {
 	have  map[uint64]testHandle // what is in the table, as far as nothing was lost
 }
 
+// newTableTest makes a table in a directory of its own.
+func newTableTest(t *testing.T) *tableTest {
+	t.Helper()
+	path := t.TempDir()
+	dir, err := sys.OpenDir(path)
+	must(t, err)
+	t.Cleanup(func() { dir.Close() })
+	x := &tableTest{t: t, dir: dir, path: filepath.Join(path, handlesName), of: map[testHandle]uint64{}, have: map[uint64]testHandle{}}
+	x.open()
+	return x
+}
+
 func object(n uint64) *fileID {
 	id := &fileID{inUpper: n%2 == 0}
 	id.handle.Type, id.handle.Len = 1, 8
@@ -98,14 +110,10 @@ func (x *tableTest) powerCut(earlier []byte, r *rand.Rand) {
 // TestHandleTable: numbers come and go, the table is closed and opened, and the power
 // is cut; no number with its generation is ever of two objects.
 func TestHandleTable(t *testing.T) {
-	path := t.TempDir()
-	dir, err := sys.OpenDir(path)
-	must(t, err)
-	defer dir.Close()
-	x := &tableTest{t: t, dir: dir, path: filepath.Join(path, handlesName), of: map[testHandle]uint64{}, have: map[uint64]testHandle{}}
-	x.open()
+	x := newTableTest(t)
 	r := rand.New(rand.NewPCG(1, 2))
 	var earlier []byte
+	var err error
 	last := uint64(0)
 	for i := range 60_000 {
 		switch k := r.IntN(1000); {
@@ -144,12 +152,7 @@ func TestHandleTable(t *testing.T) {
 // TestHandleTableGrowsNoFurther: files that come and go take no more room than there
 // are of them at a time, and what is gone without a word is found at the next start.
 func TestHandleTableGrowsNoFurther(t *testing.T) {
-	path := t.TempDir()
-	dir, err := sys.OpenDir(path)
-	must(t, err)
-	defer dir.Close()
-	x := &tableTest{t: t, dir: dir, path: filepath.Join(path, handlesName), of: map[testHandle]uint64{}, have: map[uint64]testHandle{}}
-	x.open()
+	x := newTableTest(t)
 	for i := range uint64(20 * fewFreed) {
 		x.number(i)
 		x.table.drop(x.have[i].id)
@@ -171,7 +174,8 @@ func TestHandleTableGrowsNoFurther(t *testing.T) {
 	}
 	x.check()
 	must(t, x.table.close())
-	x.table, err = openHandles(dir, [16]byte{2}, false, nil) // of other layers
+	var err error
+	x.table, err = openHandles(x.dir, [16]byte{2}, false, nil) // of other layers
 	must(t, err)
 	x.have = map[uint64]testHandle{}
 	x.check()

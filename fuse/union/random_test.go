@@ -174,16 +174,22 @@ func (rc *randomCase) build(t testing.TB, dir string) {
 	}
 }
 
+// withUpper makes an upper and a workdir in dir, for the lowers that build made.
+func (rc *randomCase) withUpper(t testing.TB, dir, suffix string) Config {
+	t.Helper()
+	c := rc.c
+	c.Upper, c.Work = filepath.Join(dir, "upper"+suffix), filepath.Join(dir, "work"+suffix)
+	must(t, os.Mkdir(c.Upper, 0o755))
+	must(t, os.Mkdir(c.Work, 0o755))
+	return c
+}
+
 // run applies the ops to both sides and returns what differs.
 func (rc *randomCase) run(t testing.TB, dir string) (diff string) {
 	var configs [2]Config
 	var sides [2]side
 	for i := range sides {
-		c := rc.c
-		c.Upper, c.Work = filepath.Join(dir, "upper"+strconv.Itoa(i)), filepath.Join(dir, "work"+strconv.Itoa(i))
-		must(t, os.Mkdir(c.Upper, 0o755))
-		must(t, os.Mkdir(c.Work, 0o755))
-		configs[i] = c
+		configs[i] = rc.withUpper(t, dir, strconv.Itoa(i))
 	}
 	sides[0], sides[1] = mountKernel(t, configs[0]), openUnion(t, configs[1])
 	for n, o := range rc.ops {

@@ -291,10 +291,7 @@ func TestRecallRandom(t *testing.T) {
 				dir, err := os.MkdirTemp(base, "x")
 				must(t, err)
 				rc.build(t, dir)
-				c = rc.c
-				c.Upper, c.Work = filepath.Join(dir, "upper"), filepath.Join(dir, "work")
-				must(t, os.Mkdir(c.Upper, 0o755))
-				must(t, os.Mkdir(c.Work, 0o755))
+				c = rc.withUpper(t, dir, "")
 				x := &exportTest{t: t, c: c, r: rand.New(rand.NewPCG(uint64(seed), 7)), handles: map[string]testHandle{},
 					linked: map[string]bool{}}
 				x.markLowers()
