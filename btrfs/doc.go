@@ -11,6 +11,7 @@
 //	          diff.*/ a snapshot of fs for a Diff at work, flocked
 //	ROOT/new/ID/      a layer being made; renamed to l/ID when it is whole
 //	ROOT/del/ID/      a layer being deleted
+//	ROOT/del/.qgroup-N  a deleted subvolume's qgroup that is to be dropped
 //
 // What a layer is stands in its names, which btrfs changes in transactions: there
 // is no marker that a power cut could leave empty.

@@ -12,7 +12,8 @@
 //	ROOT/new/ID         that of a layer being made; renamed to l/ID when it is whole
 //	ROOT/del/ID         that of a layer being removed
 //	ROOT/tmp/THIN       an id of a thin device that is no layer's: of a snapshot that
-//	                    a Commit or Diff takes (flocked), or one to be deleted
+//	                    a Commit or Diff takes, or of a template being made (flocked),
+//	                    or one to be deleted
 //
 // Every id in the pool stands in one of these first: one that stands nowhere is free,
 // whoever died.
@@ -21,7 +22,7 @@
 //
 //	Create   recorded in new, snapshot made, transaction set | renamed to l
 //	Commit   (nobody has it open) flushed, device removed | record replaced
-//	Commit   (mounted) recorded in tmp, suspended, snapshot made, resumed, flushed | record replaced
+//	Commit   (mounted) suspended, recorded in tmp, snapshot made, resumed, flushed | record replaced
 //	Remove   record renamed to del | thin device deleted, record deleted
 //
 // Left of the bar the old state holds, right of it the new one. A device that a

@@ -45,10 +45,11 @@
 //
 // # Lock order
 //
-//	key locks, by number
-//	  layer locks: the layer's own, then its parent's
-//	    driver set (driversMu), ID block (idsMu)
-//	      database: batch queue (queueMu), then gate (gateMu), then reserve (reserveMu)
+//	that of recovery, or of migrations
+//	  key locks, by number
+//	    layer locks: the layer's own, then its parent's
+//	      driver set (driversMu), ID block (idsMu)
+//	        database: batch queue (queueMu), then gate (gateMu), then reserve (reserveMu)
 //
 // Whoever holds a lock may take those below it. GC and recovery never wait
 // for a layer lock: they try, and leave what is in use. Check waits for shared
@@ -65,6 +66,8 @@
 //	in Cleanup                      the debt is still there, and Remove is repeatable
 //	in Apply                        the key is active with part of the layer in it
 //	in a background listing         listed as pending, done by the next Open
+//	in Migrate, before all copies   every name as it was; copies without a name, which the
+//	                                next one takes, or CallOffMigration gives up
 //
 // # Traps
 //

@@ -63,7 +63,7 @@ type layerRecord struct {
 // debt is a layer without a name, whose bytes are to be removed.
 type debt struct {
 	Since  int64  `json:"since"`
-	Reason string `json:"reason"` // "removed", "discarded"
+	Reason string `json:"reason"` // for people: "removed", "migrated"
 }
 
 // intent is a Commit in progress.
