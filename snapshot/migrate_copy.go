@@ -466,10 +466,8 @@ func (m *migration) refuse(ctx context.Context, n *member) error {
 	case len(n.ref.Parents) == 0 && d.Capabilities().Rebase && !n.layer.Committed && n.layer.wasWritten() && !plainBind(ms):
 		return fmt.Errorf("it was unpacked without a parent and may still get one: commit it first: %w", errdefs.ErrFailedPrecondition)
 	}
-	if b, ok := d.(drivers.UseTeller); ok {
-		if err := b.InUse(ctx, n.ref.ID); err != nil {
-			return err
-		}
+	if err := inUse(ctx, d, n.ref.ID); err != nil {
+		return err
 	}
 	for _, shown := range ms {
 		if shown.Type != "bind" {
