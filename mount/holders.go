@@ -1,7 +1,6 @@
 package mount
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path"
@@ -226,10 +225,7 @@ func everyNamespace(f func(p process, infos []Info) (stop bool)) error {
 		}
 		infos, err := listFile(p.dir + "/mountinfo")
 		if err != nil {
-			if errors.Is(err, os.ErrNotExist) {
-				continue // the process has ended
-			}
-			continue
+			continue // the process has ended, or may not be looked into
 		}
 		seen[ns] = true
 		if f(p, infos) {
