@@ -247,7 +247,7 @@ func (m *migration) transfer(ctx context.Context, c *duplicate) (sum digest.Dige
 	defer root.Close()
 	r, w := io.Pipe()
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error {
+	g.Go(func() (err error) {
 		sum, err = fillListing(io.Discard, func(l *layer.ListingWriter) error {
 			o := layer.TarOptions{Listing: l, Progress: m.counter(c.n.key)}
 			_, err := layer.WriteTar(gctx, w, c.socketsOf(root, changes), o)
@@ -261,7 +261,8 @@ func (m *migration) transfer(ctx context.Context, c *duplicate) (sum digest.Dige
 		r.CloseWithError(errors.Join(err, io.ErrClosedPipe))
 		return err
 	})
-	return sum, g.Wait()
+	err = g.Wait() // apart: sum is read after it
+	return sum, err
 }
 
 // unpack has the copy unpack an archive. An active one without a parent gets it by
