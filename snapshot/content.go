@@ -195,7 +195,7 @@ func (s *Store) applyTo(ctx context.Context, n *node, tar io.Reader, o layer.App
 	if n.name.Kind != snapshots.KindActive {
 		return fmt.Errorf("snapshot %q is not active but %s: %w", n.key, n.name.Kind, errdefs.ErrFailedPrecondition)
 	}
-	a := &application{s: s, n: n, alone: !n.layer.Exposed && !n.layer.Applied && o.Listing == nil}
+	a := &application{s: s, n: n, alone: !n.layer.wasWritten() && o.Listing == nil}
 	if err := a.begin(ctx); err != nil {
 		return err
 	}

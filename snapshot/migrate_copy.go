@@ -337,11 +337,7 @@ func (c *duplicate) socketsIn(root *os.Root, dir string) error {
 
 // compare sees that the copy's changes have the digest of the original's.
 func (m *migration) compare(ctx context.Context, c *duplicate, want digest.Digest) error {
-	parent, err := m.s.parentNode(ctx, c.node())
-	if err != nil {
-		return err
-	}
-	got, err := m.s.digestOf(ctx, parent, c.node())
+	got, err := m.s.digestOf(ctx, c.node())
 	if err != nil || got == want {
 		return err
 	}
@@ -352,9 +348,13 @@ func (m *migration) compare(ctx context.Context, c *duplicate, want digest.Diges
 	return err
 }
 
-// digestOf is the digest of the listing of a layer's changes.
-func (s *Store) digestOf(ctx context.Context, from, to *node) (digest.Digest, error) {
-	return fillListing(io.Discard, func(l *layer.ListingWriter) error { return s.listChanges(ctx, l, from, to) })
+// digestOf is the digest of the listing of what a layer changes in the one below it.
+func (s *Store) digestOf(ctx context.Context, n *node) (digest.Digest, error) {
+	below, err := s.parentNode(ctx, n)
+	if err != nil {
+		return "", err
+	}
+	return fillListing(io.Discard, func(l *layer.ListingWriter) error { return s.listChanges(ctx, l, below, n) })
 }
 
 // different says for an error which paths of original and copy differ.
@@ -400,11 +400,7 @@ func (m *migration) copyUncommitted(ctx context.Context, n *member) error {
 		return nil
 	}
 	if n.copy != nil {
-		parent, err := m.s.parentNode(ctx, n.node)
-		if err != nil {
-			return err
-		}
-		now, err := m.s.digestOf(ctx, parent, n.node)
+		now, err := m.s.digestOf(ctx, n.node)
 		if err != nil || now.String() == n.copy.Digest {
 			return err
 		}
