@@ -170,28 +170,36 @@ func (c *creation) make(ctx context.Context, mo *drivers.MountOptions) error {
 		return err
 	}
 	c.quota = co.Quota
-	for {
-		id, block, err := c.v.s.ids.take(ctx)
-		if err != nil {
-			return err
-		}
+	return c.v.s.underNewID(ctx, c.driver, func(id drivers.ID, block *block) error {
 		c.id = id
-		release, err := c.v.s.locks.exclusive(ctx, layerPlace(id), "a new layer")
-		if err != nil {
-			c.v.s.ids.settled(block, nil)
-			return err
-		}
-		err = c.try(ctx, block, co, mo)
-		release()
-		if !errors.Is(err, errStray) {
-			return err
-		}
-		c.v.s.o.Log(fmt.Sprintf("driver %s holds a layer %s that no record ever named (was db.bolt restored from a copy?); it stays, and the ID is passed over", c.driver, id))
-	}
+		return c.try(ctx, block, co, mo)
+	})
 }
 
 // errStray says that the driver has an ID that the store never gave out.
 var errStray = errors.New("stray layer")
+
+// underNewID has try make a layer of the driver under an ID that was never used, whose
+// layer it keeps locked meanwhile: after errStray, under the next.
+func (s *Store) underNewID(ctx context.Context, driver string, try func(id drivers.ID, block *block) error) error {
+	for {
+		id, block, err := s.ids.take(ctx)
+		if err != nil {
+			return err
+		}
+		release, err := s.locks.exclusive(ctx, layerPlace(id), "a new layer")
+		if err != nil {
+			s.ids.settled(block, nil)
+			return err
+		}
+		err = try(id, block)
+		release()
+		if !errors.Is(err, errStray) {
+			return err
+		}
+		s.o.Log(fmt.Sprintf("driver %s holds a layer %s that no record ever named (was db.bolt restored from a copy?); it stays, and the ID is passed over", driver, id))
+	}
+}
 
 func (c *creation) try(ctx context.Context, block *block, co drivers.CreateOptions, mo *drivers.MountOptions) error {
 	s := c.v.s

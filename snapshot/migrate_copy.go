@@ -44,23 +44,7 @@ func (m *migration) copyOne(ctx context.Context, n *member) error {
 			return err
 		}
 	}
-	for {
-		id, block, err := m.s.ids.take(ctx)
-		if err != nil {
-			return err
-		}
-		release, err := m.s.locks.exclusive(ctx, layerPlace(id), "a new layer")
-		if err != nil {
-			m.s.ids.settled(block, nil)
-			return err
-		}
-		err = m.tryCopy(ctx, n, id, block)
-		release()
-		if !errors.Is(err, errStray) {
-			return err
-		}
-		m.s.o.Log(fmt.Sprintf("driver %s holds a layer %s that no record ever named; it stays, and the ID is passed over", m.o.To, id))
-	}
+	return m.s.underNewID(ctx, m.o.To, func(id drivers.ID, block *block) error { return m.tryCopy(ctx, n, id, block) })
 }
 
 // again reads a member, which is locked; errChanged if the key has another layer
