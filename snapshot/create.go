@@ -260,10 +260,9 @@ func (s *Store) createHinted(ctx context.Context, d drivers.Driver, r drivers.Re
 // record writes the new snapshot's records, unless the key was taken or the
 // parent removed meanwhile.
 func (c *creation) record(ctx context.Context, block *block, exposed bool) error {
-	s := c.v.s
-	var ended []drivers.ID
-	ahead := s.ids.ahead()
-	err := s.db.update(ctx, func(t *txn) (err error) {
+	ids := c.v.s.ids
+	ahead := ids.ahead()
+	err := ids.record(ctx, block, func(t *txn) error {
 		if err := t.mustBeFree(c.v.name, c.key); err != nil {
 			return err
 		}
@@ -295,18 +294,12 @@ func (c *creation) record(ctx context.Context, block *block, exposed bool) error
 			return err
 		}
 		if ahead != nil {
-			if err := ahead.in(t); err != nil {
-				return err
-			}
+			return ahead.in(t)
 		}
-		ended, err = s.ids.settle(t, block)
-		return err
+		return nil
 	})
 	if ahead != nil {
 		_ = ahead.end(err) // err itself is returned
-	}
-	if err == nil {
-		s.ids.settled(block, ended)
 	}
 	return err
 }
@@ -323,18 +316,9 @@ func (c *creation) discard(ctx context.Context, block *block) error {
 		return nil
 	}
 	s.o.Log(fmt.Sprintf("layer %s of a failed prepare could not be removed yet: %v", c.id, err))
-	var ended []drivers.ID
-	err = s.db.update(ctx, func(t *txn) (err error) {
-		if err := t.addDebt(c.id, &layerRecord{Driver: c.driver, Created: time.Now().UnixNano()}, c.ref, "discarded"); err != nil {
-			return err
-		}
-		ended, err = s.ids.settle(t, block)
-		return err
+	return s.ids.record(ctx, block, func(t *txn) error {
+		return t.addDebt(c.id, &layerRecord{Driver: c.driver, Created: time.Now().UnixNano()}, c.ref, "discarded")
 	})
-	if err == nil {
-		s.ids.settled(block, ended)
-	}
-	return err
 }
 
 // driverOptions are those of CreateOptions and of the labels that containerd

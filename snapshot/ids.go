@@ -165,6 +165,23 @@ func (i *ids) sizeAfter(b *block) drivers.ID {
 	return min(4*(b.end-b.first), maxLease)
 }
 
+// record writes the record of an ID of a block, in one transaction with the end of
+// the leases that nobody needs after it.
+func (i *ids) record(ctx context.Context, of *block, write func(t *txn) error) error {
+	var ended []drivers.ID
+	err := i.s.db.update(ctx, func(t *txn) (err error) {
+		if err := write(t); err != nil {
+			return err
+		}
+		ended, err = i.settle(t, of)
+		return err
+	})
+	if err == nil {
+		i.settled(of, ended)
+	}
+	return err
+}
+
 // settle is called within the transaction that writes the record of an ID of
 // block of: it ends the leases that nobody needs after it, and returns them for
 // settled.

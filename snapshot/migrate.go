@@ -722,9 +722,7 @@ func (t *txn) rename(view string, n *member) error {
 
 // recordCopy writes the record of a finished copy.
 func (m *migration) recordCopy(ctx context.Context, c *duplicate, block *block) error {
-	s := m.s
-	var ended []drivers.ID
-	err := s.db.update(ctx, func(t *txn) (err error) {
+	return m.s.ids.record(ctx, block, func(t *txn) error {
 		now, err := t.node(m.v.name, c.n.key)
 		if errdefs.IsNotFound(err) || err == nil && (now.ref.ID != c.n.ref.ID || now.layer.Committed != c.n.layer.Committed) {
 			return errChanged
@@ -751,16 +749,8 @@ func (m *migration) recordCopy(ctx context.Context, c *duplicate, block *block) 
 				return err
 			}
 		}
-		if err := t.putJSON(bucketMoves, idKey(c.n.ref.ID), c.move); err != nil {
-			return err
-		}
-		ended, err = s.ids.settle(t, block)
-		return err
+		return t.putJSON(bucketMoves, idKey(c.n.ref.ID), c.move)
 	})
-	if err == nil {
-		s.ids.settled(block, ended)
-	}
-	return err
 }
 
 func newMove(id drivers.ID, driver string) *move {
