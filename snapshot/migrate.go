@@ -5,8 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -277,10 +277,7 @@ func (m *migration) family(t *txn) ([]*member, error) {
 			}
 		}
 	}
-	queue := make([]drivers.ID, 0, len(all))
-	for id := range all {
-		queue = append(queue, id)
-	}
+	queue := slices.Collect(maps.Keys(all))
 	for len(queue) > 0 {
 		id := queue[0]
 		queue = queue[1:]
@@ -387,13 +384,12 @@ func (t *txn) copyOf(n *member, below drivers.ID, to string) (*move, error) {
 	return c, nil
 }
 
-// note remembers what the report says of a snapshot.
+// note remembers what the report says of a snapshot, unless that is known.
 func (m *migration) note(n *member, state string) {
 	if _, ok := m.seen[n.ref.ID]; ok {
 		return
 	}
-	r := Migrated{Key: n.key, Kind: n.name.Kind, From: n.layer.Driver, State: state, Bytes: max(n.layer.Bytes, 0)}
-	m.seen[n.ref.ID] = r
+	m.seen[n.ref.ID] = Migrated{Key: n.key, Kind: n.name.Kind, From: n.layer.Driver, State: state, Bytes: max(n.layer.Bytes, 0)}
 }
 
 // estimate fills the report with what is planned.
@@ -429,12 +425,7 @@ func (m *migration) estimate(ctx context.Context) error {
 // tell brings the report up to what is known.
 func (m *migration) tell() {
 	m.report.Snapshots = m.report.Snapshots[:0]
-	ids := make([]drivers.ID, 0, len(m.seen))
-	for id := range m.seen {
-		ids = append(ids, id)
-	}
-	slices.Sort(ids) // a parent is older than what lies on it
-	for _, id := range ids {
+	for _, id := range slices.Sorted(maps.Keys(m.seen)) { // a parent is older than what lies on it
 		m.report.Snapshots = append(m.report.Snapshots, m.seen[id])
 	}
 }
@@ -530,13 +521,8 @@ func (m *migration) lockActive(ctx context.Context) (release func(), err error) 
 			places[keyPlace(m.v.name, n.key)] = n.key
 		}
 	}
-	order := make([]place, 0, len(places))
-	for p := range places {
-		order = append(order, p)
-	}
-	slices.Sort(order)
 	var held releases
-	for _, p := range order {
+	for _, p := range slices.Sorted(maps.Keys(places)) {
 		release, err := m.s.locks.exclusive(ctx, p, fmt.Sprintf("key %q", places[p]))
 		if err != nil {
 			held.all()
@@ -751,8 +737,4 @@ func (m *migration) recordCopy(ctx context.Context, c *duplicate, block *block) 
 		}
 		return t.putJSON(bucketMoves, idKey(c.n.ref.ID), c.move)
 	})
-}
-
-func newMove(id drivers.ID, driver string) *move {
-	return &move{ID: id, Driver: driver, Since: time.Now().UnixNano()}
 }

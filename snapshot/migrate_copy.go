@@ -11,6 +11,7 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -64,7 +65,7 @@ func (m *migration) again(ctx context.Context, n *member) error {
 
 // tryCopy makes the copy under the ID. What is not recorded is removed again.
 func (m *migration) tryCopy(ctx context.Context, n *member, id drivers.ID, block *block) error {
-	c := &duplicate{n: n, ref: drivers.Ref{ID: id}, move: newMove(id, m.o.To)}
+	c := &duplicate{n: n, ref: drivers.Ref{ID: id}, move: &move{ID: id, Driver: m.o.To, Since: time.Now().UnixNano()}}
 	release, err := m.onCopies(ctx, c)
 	if err == nil {
 		defer release()
@@ -88,11 +89,8 @@ func (m *migration) tryCopy(ctx context.Context, n *member, id drivers.ID, block
 		return errors.Join(err, m.s.removeListing(id), undo.discard(ctx, block))
 	}
 	n.copy = c.move
+	m.note(n, MigrateMoved)
 	r := m.seen[n.ref.ID]
-	if r.Key == "" {
-		m.note(n, MigrateMoved)
-		r = m.seen[n.ref.ID]
-	}
 	r.State, r.Bytes, r.Sockets = MigrateMoved, max(c.layer.Bytes, 0), c.sockets
 	m.seen[n.ref.ID] = r
 	return faults.Point(ctx, "store: migrate: recorded")
