@@ -174,8 +174,7 @@ type migration struct {
 
 	members []*member               // parents first
 	seen    map[drivers.ID]Migrated // what is known for the report, by the old ID
-	done    int                     // members that have a copy
-	bytes   int64
+	bytes   int64                   // of archives written
 }
 
 // member is a snapshot that is to be moved.
@@ -432,7 +431,7 @@ func (m *migration) tell() {
 
 func (m *migration) progress(key string) {
 	if m.o.Progress != nil {
-		m.o.Progress(MigrateProgress{Key: key, Done: m.done, Total: len(m.members), Bytes: m.bytes})
+		m.o.Progress(MigrateProgress{Key: key, Done: m.countCopies(), Total: len(m.members), Bytes: m.bytes})
 	}
 }
 
@@ -441,7 +440,6 @@ func (m *migration) progress(key string) {
 func (m *migration) copyCommitted(ctx context.Context) error {
 	for _, n := range m.members {
 		if !n.layer.Committed || n.copy != nil {
-			m.done = m.countCopies()
 			continue
 		}
 		m.progress(n.key)
@@ -459,7 +457,6 @@ func (m *migration) copyCommitted(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("%q: %w", n.key, err)
 		}
-		m.done = m.countCopies()
 	}
 	return nil
 }
@@ -503,7 +500,6 @@ func (m *migration) finish(ctx context.Context) error {
 		if err := m.copyUncommitted(ctx, n); err != nil {
 			return fmt.Errorf("%q: %w", n.key, err)
 		}
-		m.done = m.countCopies()
 	}
 	if err := m.refuseActive(ctx); err != nil { // mounted meanwhile, by who had asked for the mounts before
 		return err
