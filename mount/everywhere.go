@@ -5,10 +5,13 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/internal/sys"
 )
@@ -43,8 +46,28 @@ type Place struct {
 
 // PlaceOf returns the place of a directory.
 func PlaceOf(dir string) (Place, error) {
-	dev, root, err := placeOf(dir)
-	return Place{dev[0], dev[1], root}, err
+	dir, err := filepath.EvalSymlinks(dir)
+	if err != nil {
+		return Place{}, withSentinel("mount: place", err)
+	}
+	s, err := sys.StatPath(dir)
+	if err != nil {
+		return Place{}, withSentinel("mount: place", err)
+	}
+	infos, err := List()
+	if err != nil {
+		return Place{}, err
+	}
+	at := slices.IndexFunc(infos, func(i Info) bool { return uint64(i.ID) == s.MountID })
+	if at < 0 {
+		return Place{}, fmt.Errorf("mount: place: %s is not in this mount namespace: %w", dir, errdefs.ErrNotFound)
+	}
+	i := infos[at]
+	rest, ok := below(dir, i.Target)
+	if !ok {
+		return Place{}, fmt.Errorf("mount: place: %s is not below its mount at %s: %w", dir, i.Target, errdefs.ErrNotFound)
+	}
+	return Place{i.Major, i.Minor, path.Join(i.Root, rest)}, nil
 }
 
 // Below returns what of a place a mount shows: "" for all of it, else the path

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -82,13 +81,13 @@ func mountsOn(infos []Info, i Info) (all []Holder) {
 // that dir itself lies on is none of them. A namespace without processes cannot be
 // found.
 func Shown(dir string) (where []Holder, err error) {
-	dev, root, err := placeOf(dir)
+	place, err := PlaceOf(dir)
 	if err != nil {
 		return nil, err
 	}
 	err = everyNamespace(func(p process, infos []Info) bool {
 		for _, i := range infos {
-			if _, ok := below(i.Root, root); !ok || dev != [2]uint32{i.Major, i.Minor} {
+			if _, ok := place.Below(i); !ok {
 				continue
 			}
 			h := Holder{What: "mount", Path: i.Target}
@@ -100,32 +99,6 @@ func Shown(dir string) (where []Holder, err error) {
 		return false
 	})
 	return where, err
-}
-
-// placeOf returns the device of the file system of a directory, and the directory's
-// path in that.
-func placeOf(dir string) (dev [2]uint32, root string, err error) {
-	if dir, err = filepath.EvalSymlinks(dir); err != nil {
-		return dev, "", withSentinel("mount: shown", err)
-	}
-	s, err := sys.StatPath(dir)
-	if err != nil {
-		return dev, "", withSentinel("mount: shown", err)
-	}
-	infos, err := List()
-	if err != nil {
-		return dev, "", err
-	}
-	at := slices.IndexFunc(infos, func(i Info) bool { return uint64(i.ID) == s.MountID })
-	if at < 0 {
-		return dev, "", fmt.Errorf("mount: shown: %s is not in this mount namespace: %w", dir, errdefs.ErrNotFound)
-	}
-	i := infos[at]
-	rest, ok := below(dir, i.Target)
-	if !ok {
-		return dev, "", fmt.Errorf("mount: shown: %s is not below its mount at %s: %w", dir, i.Target, errdefs.ErrNotFound)
-	}
-	return [2]uint32{i.Major, i.Minor}, path.Join(i.Root, rest), nil
 }
 
 // process is a directory of /proc.
