@@ -120,9 +120,9 @@ func rowsOf(d snapshot.Diagnosis) (rows []doctorRow) {
 		rows = append(rows, doctorRow{What: "work", Object: w, text: "at work: " + w})
 	}
 	for _, l := range d.Left {
-		cost := ""
+		said := l.Finding
 		if l.Bytes != 0 {
-			cost = " (" + humanBytes(l.Bytes) + ")"
+			said.Detail += " (" + humanBytes(l.Bytes) + ")"
 		}
 		var pids []int
 		for _, h := range l.Holders {
@@ -130,7 +130,7 @@ func rowsOf(d snapshot.Diagnosis) (rows []doctorRow) {
 		}
 		rows = append(rows, doctorRow{
 			What: string(l.Problem), Object: l.Object, Detail: l.Detail, Suggestion: l.Suggestion, Bytes: l.Bytes, Left: true, Holders: pids,
-			text: "left: " + strings.Replace(l.String(), ": "+l.Detail, ": "+l.Detail+cost, 1),
+			text: "left: " + said.String(),
 		})
 	}
 	return rows
