@@ -120,10 +120,14 @@ func newConfig() *config {
 		DriverOpt: map[string]stringMap{},
 	}
 	for _, f := range layerctl.Drivers().Factories() {
-		c.Views["layerd-"+f.Name] = view{Driver: f.Name, Rebase: f.Name == "overlay" || f.Name == "fuse"}
+		c.Views["layerd-"+f.Name] = view{Driver: f.Name, Rebase: canRebase(f.Name)}
 	}
 	return c
 }
+
+// canRebase reports whether a driver can put a parent below a layer at Commit, where
+// it works: a configuration is checked before any driver is opened.
+func canRebase(driver string) bool { return driver == "overlay" || driver == "fuse" }
 
 // readConfig reads a file; one that is not named need not be there.
 func readConfig(path string) (*config, error) {
@@ -202,7 +206,7 @@ func (c *config) check() error {
 		switch {
 		case err != nil:
 			return fmt.Errorf("views.%s: %w", name, err)
-		case v.Rebase && f.Name != "overlay" && f.Name != "fuse":
+		case v.Rebase && !canRebase(f.Name):
 			return bad("views.%s: driver %s cannot put a parent below a layer: no rebase", name, f.Name)
 		case v.Rebase && !c.Diff.Enabled:
 			return bad("views.%s: rebase needs the diff service", name)

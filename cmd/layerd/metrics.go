@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
-	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -17,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/layerctl/layerctl/internal/socket"
+	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/snapshot"
 	"github.com/layerctl/layerctl/snapshot/service"
 )
@@ -139,10 +139,9 @@ func (c *storeCollector) Collect(ch chan<- prometheus.Metric) {
 			gauge(c.mounts, float64(n), driver)
 		}
 	}
-	var st syscall.Statfs_t
-	if syscall.Statfs(c.s.Root(), &st) == nil {
-		gauge(c.free, float64(st.Bavail)*float64(st.Bsize))
-		gauge(c.size, float64(st.Blocks)*float64(st.Bsize))
+	if st, err := sys.StatfsPath(c.s.Root()); err == nil {
+		gauge(c.free, float64(st.BlocksUser)*float64(st.BlockSize))
+		gauge(c.size, float64(st.Blocks)*float64(st.BlockSize))
 	}
 	gauge(c.up, up)
 }

@@ -244,8 +244,7 @@ func (d *daemon) reload() {
 	d.garbage.every(time.Duration(c.GC))
 	before, err1 := d.c.text()
 	after, err2 := c.text()
-	attrs := []any{"needs_restart", string(before) != string(after) || err1 != nil || err2 != nil}
-	d.log.Info("configuration reloaded", attrs...)
+	d.log.Info("configuration reloaded", "needs_restart", string(before) != string(after) || err1 != nil || err2 != nil)
 }
 
 // stop ends the calls, then closes everything. Mounts stay.
