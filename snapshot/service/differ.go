@@ -73,8 +73,9 @@ func (d *Differ) owner(ctx context.Context, ms []mount.Mount) (snapshot.Record, 
 	return r, err
 }
 
-// keep takes what forward returned, and returns a context under whose lease what is written is kept: the request's,
-// or else one that expires. done is told whether anything was written.
+// keep takes what forward returned, and returns a context under whose lease what is
+// written is kept: the request's, or else one that expires. done is told whether
+// anything was written.
 func (d *Differ) keep(ctx context.Context) (_ context.Context, done func(written bool), err error) {
 	done = func(bool) {}
 	if _, ok := leases.FromContext(ctx); ok || d.o.Leases == nil {

@@ -116,7 +116,7 @@ func (s *Server) unary(ctx context.Context, req any, info *grpc.UnaryServerInfo,
 	if err := s.o.Limits.check(req); err != nil {
 		return nil, err
 	}
-	return handle(withNamespace(ctx), req)
+	return handle(ctx, req)
 }
 
 // stream is around List, health's Watch and reflection.
@@ -124,14 +124,6 @@ func (s *Server) stream(srv any, ss grpc.ServerStream, info *grpc.StreamServerIn
 	end := s.begin(ss.Context(), info.FullMethod, "")
 	defer func() { err = end(err, recover()) }()
 	return handle(srv, ss)
-}
-
-// withNamespace makes a client's namespace that of the calls made for it.
-func withNamespace(ctx context.Context) context.Context {
-	if ns, ok := namespaces.Namespace(ctx); ok {
-		return namespaces.WithNamespace(ctx, ns)
-	}
-	return ctx
 }
 
 // begin tells of a call; end of its outcome, which is turned into grpc's form. A
