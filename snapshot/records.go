@@ -151,7 +151,7 @@ func (t *txn) delete(bucket, key []byte) error {
 	return dbError("write", b.Delete(key))
 }
 
-// decodeID decodes the record of a layer, intent or lease, which err names.
+// decodeID decodes a record of a bucket whose keys begin with an ID, which err names.
 func decodeID(b, bucket, key []byte, v any) (bool, error) {
 	return decode(b, fmt.Sprintf("%s %s", bytes.TrimSuffix(bucket, []byte("s")), keyID(key)), v)
 }

@@ -78,7 +78,7 @@ func (f *fixture) blob(d ocispec.Descriptor) []byte {
 	return b
 }
 
-// unpacked is how a layer comes to its snapshot: name committed on parent.
+// unpack is how a layer comes to its snapshot: name committed on parent.
 func (f *fixture) unpack(ctx context.Context, s snapshots.Snapshotter, d ocispec.Descriptor, name, parent string) error {
 	ms, err := s.Prepare(ctx, name+"-active", parent)
 	if err != nil {
@@ -90,7 +90,7 @@ func (f *fixture) unpack(ctx context.Context, s snapshots.Snapshotter, d ocispec
 	return s.Commit(ctx, name, name+"-active")
 }
 
-// views of snapshots, by the mounts that a client has of them.
+// viewOf makes a view of a snapshot, and returns the mounts that a client has of it.
 func viewOf(t testing.TB, s snapshots.Snapshotter, key string) []mount.Mount {
 	t.Helper()
 	ms, err := s.View(t.Context(), "view of "+key+rand.Text(), key)
