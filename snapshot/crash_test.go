@@ -252,6 +252,16 @@ func failing(ctx context.Context, at int) (context.Context, *string) {
 	}), &name
 }
 
+// failingAt is a context in which every step of that name fails.
+func failingAt(ctx context.Context, at string) context.Context {
+	return faults.With(ctx, func(step string) error {
+		if step == at {
+			return io.ErrNoProgress
+		}
+		return nil
+	})
+}
+
 // churnJob prepares, commits and removes until it is killed or its time is up.
 func churnJob(ctx context.Context, j job) error {
 	s, err := snapshot.Open(ctx, j.Root, snapshot.Options{Registry: registry(), Log: func(m string) { fmt.Fprintln(os.Stderr, m) }})

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/layerctl/layerctl/drivers"
-	"github.com/layerctl/layerctl/internal/faults"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/mount"
 	"github.com/layerctl/layerctl/snapshot"
@@ -66,10 +65,8 @@ func TestDoctorSaysWhoHoldsAMount(t *testing.T) {
 			v := view(t, s, "v", driver)
 			layerOf(t, v, "base", "", map[string]string{"d/f": "1"})
 			must(t, second(v.Prepare(t.Context(), "work", "base")))
-			ms, err := v.MountsWith(t.Context(), "work", drivers.MountOptions{})
-			must(t, err)
 			target := t.TempDir()
-			must(t, mount.All(t.Context(), ms, target))
+			mountAt(t, v, "work", target)
 			t.Cleanup(func() { _ = mount.Unmount(target, mount.UnmountOptions{Lazy: true}) })
 			// A shell in it here; one with a copy of the mount, of which ours is gone there.
 			here := started(t, "sh", "-c", "cd "+target+" && echo && read x")
@@ -134,9 +131,7 @@ func TestDoctorFindsWhatIsLeft(t *testing.T) {
 
 	target := t.TempDir()
 	must(t, second(v.View(t.Context(), "ro", "base")))
-	ms, err := v.MountsWith(t.Context(), "ro", drivers.MountOptions{})
-	must(t, err)
-	must(t, mount.All(t.Context(), ms, target))
+	mountAt(t, v, "ro", target)
 	must(t, v.Remove(t.Context(), "ro"))
 	must(t, v.Cleanup(t.Context()))
 	finds("a mount of a removed snapshot", "debt-open", "mount-orphan")
@@ -145,9 +140,7 @@ func TestDoctorFindsWhatIsLeft(t *testing.T) {
 	finds("unmounted and collected")
 
 	must(t, second(v.Prepare(t.Context(), "work", "base")))
-	ms, err = v.MountsWith(t.Context(), "work", drivers.MountOptions{})
-	must(t, err)
-	must(t, mount.All(t.Context(), ms, target))
+	mountAt(t, v, "work", target)
 	inside := started(t, "sh", "-c", "cd "+target+" && echo && read x")
 	must(t, mount.Unmount(target, mount.UnmountOptions{Lazy: true}))
 	must(t, v.Remove(t.Context(), "work"))
@@ -162,13 +155,7 @@ func TestDoctorFindsWhatIsLeft(t *testing.T) {
 	collected(t, v)
 	finds("its process ended, and collected")
 
-	stop := faults.With(t.Context(), func(step string) error {
-		if step == "store: migrate: all copied" {
-			return io.ErrNoProgress
-		}
-		return nil
-	})
-	_, err = v.Migrate(stop, nil, snapshot.MigrateOptions{To: "native"})
+	_, err := v.Migrate(failingAt(t.Context(), "store: migrate: all copied"), nil, snapshot.MigrateOptions{To: "native"})
 	wants(t, err, io.ErrNoProgress)
 	if d := finds("a migration that was not ended", "move-open"); d.Left[0].Bytes < 1<<20 {
 		t.Errorf("it costs %d bytes", d.Left[0].Bytes)
@@ -230,10 +217,8 @@ func TestDoctorFindsADeadServer(t *testing.T) {
 	v := view(t, s, "v", "fuse")
 	layerOf(t, v, "base", "", map[string]string{"f": "1"})
 	must(t, second(v.Prepare(t.Context(), "work", "base")))
-	ms, err := v.MountsWith(t.Context(), "work", drivers.MountOptions{})
-	must(t, err)
 	target := t.TempDir()
-	must(t, mount.All(t.Context(), ms, target))
+	mountAt(t, v, "work", target)
 	defer func() { _ = mount.Unmount(target, mount.UnmountOptions{Lazy: true}) }()
 	if left := diagnose(t, s).Left; len(left) > 0 {
 		t.Errorf("of a server that works: %+v", left)

@@ -162,6 +162,14 @@ func reach(ctx context.Context, ms []mount.Mount) (dir string, done func(), err 
 	return t.Path(), func() { _ = t.Close() }, nil
 }
 
+// mountAt mounts a snapshot at a directory.
+func mountAt(t testing.TB, v *snapshot.View, key, target string) {
+	t.Helper()
+	ms, err := v.MountsWith(t.Context(), key, drivers.MountOptions{})
+	must(t, err)
+	must(t, mount.All(t.Context(), ms, target))
+}
+
 // layerOf prepares, writes and commits.
 func layerOf(t testing.TB, v *snapshot.View, name, parent string, files map[string]string) {
 	t.Helper()

@@ -1,7 +1,6 @@
 package snapshot_test
 
 import (
-	"bufio"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -300,29 +299,18 @@ func TestMigrateRefusesWhatIsWritten(t *testing.T) {
 		}
 	}
 	for _, key := range []string{"upper", "bare"} {
-		ms, err := v.MountsWith(t.Context(), key, drivers.MountOptions{})
-		must(t, err)
-		must(t, mount.All(t.Context(), ms, target))
+		mountAt(t, v, key, target)
 		refused(key)
 		must(t, mount.Unmount(target, mount.UnmountOptions{}))
 	}
 	ms, err := v.MountsWith(t.Context(), "bare", drivers.MountOptions{})
 	must(t, err)
-	elsewhere := exec.Command("unshare", "-m", "sh", "-c", fmt.Sprintf("mount --bind %s %s && echo there && read x", ms[0].Source, target))
-	in, err := elsewhere.StdinPipe()
-	must(t, err)
-	out, err := elsewhere.StdoutPipe()
-	must(t, err)
-	must(t, elsewhere.Start())
-	_, err = bufio.NewReader(out).ReadString('\n')
-	must(t, err)
+	elsewhere := started(t, "unshare", "-m", "sh", "-c", fmt.Sprintf("mount --bind %s %s && echo && read x", ms[0].Source, target))
 	refused("bare")
-	in.Close()
+	must(t, elsewhere.Process.Kill())
 	_ = elsewhere.Wait()
 
-	ms, err = v.MountsWith(t.Context(), "ro", drivers.MountOptions{})
-	must(t, err)
-	must(t, mount.All(t.Context(), ms, target))
+	mountAt(t, v, "ro", target)
 	migrate(t, v, "native")
 	must(t, v.Cleanup(t.Context()))
 	if b, err := os.ReadFile(filepath.Join(target, "f")); string(b) != "1" {
@@ -543,13 +531,7 @@ func TestMigrateSeesLaterChanges(t *testing.T) {
 			layerOf(t, v, "base", "", map[string]string{"a": "1"})
 			must(t, second(v.Prepare(t.Context(), "work", "base")))
 			write(t, v, "work", map[string]string{"w": "live"})
-			ctx := faults.With(t.Context(), func(step string) error {
-				if step == "store: migrate: all copied" {
-					return io.ErrNoProgress
-				}
-				return nil
-			})
-			_, err := v.Migrate(ctx, nil, snapshot.MigrateOptions{To: "overlay"})
+			_, err := v.Migrate(failingAt(t.Context(), "store: migrate: all copied"), nil, snapshot.MigrateOptions{To: "overlay"})
 			wants(t, err, io.ErrNoProgress)
 			switch then {
 			case "written":
