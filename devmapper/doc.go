@@ -5,7 +5,7 @@
 //
 // # On disk
 //
-//	ROOT/pool.json, data, metadata, lock, users  the pool (package thin)
+//	ROOT/pool.json, data, metadata, lock, users, grow, snapshot, snapshot.json  the pool (package thin)
 //	ROOT/template.json  the empty ext4 that layers without parent begin as
 //	ROOT/template-xfs.json  the same of an xfs
 //	ROOT/l/ID           the record of a layer

@@ -17,16 +17,18 @@
 //
 // # What may be read when
 //
-// The kernel changes the metadata of a running pool at any time, and reuses blocks that
-// the last commit freed. Two states hold still:
+// The kernel changes the metadata of a running pool at any time, but what a superblock leads
+// to stays until there is another one. Two states hold still for as long as one likes:
 //
 //   - the metadata snapshot (the message reserve_metadata_snap): it is a superblock of its own,
 //     whose block number is Superblock.HeldRoot, and Pool.Snapshot opens it. Its trees stay until
 //     release_metadata_snap.
 //   - the metadata of a pool that is not active, or is suspended: Open alone.
 //
-// Of a running pool Open may be called for Snapshot alone. The superblock is written whole, but
-// a read may meet the write: one that fails with a checksum is worth another try.
+// Without them a running pool can be read, too, if that does not take long: what was read, and each
+// error on the way, holds if a second Open finds the same superblock afterwards, and is to be forgotten
+// else. The superblock is written whole, but a read may meet the write: one that fails with a checksum
+// is worth another try.
 //
 // The kernel writes past the page cache of the metadata device. What is in that cache may be from
 // before, with checksums that are right, so a reader of a device that is in use must read past it, too: OpenFile does.

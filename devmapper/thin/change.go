@@ -222,18 +222,6 @@ func (c *Change) RemoveLater(name string) error {
 // Info is a device's state; ErrNotFound if there is none.
 func (p *Pool) Info(name string) (dm.Info, error) { return p.ctl.Info(name) }
 
-// Usage is what an active thin device maps.
-func (p *Pool) Usage(name string) (Usage, error) {
-	t, err := p.ctl.Status(name, false)
-	if err != nil {
-		return Usage{}, err
-	}
-	if len(t) != 1 || t[0].Type != "thin" {
-		return Usage{}, fmt.Errorf("%s is no thin device: %w", name, errdefs.ErrFailedPrecondition)
-	}
-	return ParseUsage(t[0].Params)
-}
-
 // Ready reports whether a device can be used as it is.
 func (p *Pool) Ready(name string) bool {
 	i, err := p.ctl.Info(name)

@@ -9,6 +9,9 @@
 //	DIR/data, metadata  files, where no devices are given
 //	DIR/lock            flock: who changes the pool
 //	DIR/users           flock, shared by every process that has the pool open
+//	DIR/grow            flock: who makes the pool larger; shared by who needs it running
+//	DIR/snapshot        flock: who reads the pool's metadata snapshot
+//	DIR/snapshot.json   of a pool on devices: that the metadata snapshot is ours
 //
 // # Life cycle
 //
@@ -20,7 +23,8 @@
 // # Locks
 //
 // Exclusive takes the Pool's mutex, then the flock on DIR/lock. What it is asked of
-// says so. Nothing waits in there for somebody who has a device open.
+// says so. Nothing waits in there for somebody who has a device open. DIR/snapshot is taken
+// before DIR/lock, DIR/grow after it or alone: growth does not wait for who has DIR/lock.
 //
 // # Trust in the pool
 //
@@ -32,6 +36,5 @@
 //   - A pool that ran out of space for metadata, or whose metadata could not be
 //     written, is read-only until thin_check and thin_repair have seen it; Explain
 //     says so in words.
-//   - A thin device's status counts blocks that it shares with others.
 //   - Loop devices free themselves when the pool's device goes.
 package thin

@@ -36,21 +36,6 @@ func TestStatusLines(t *testing.T) {
 	}
 }
 
-func TestUsageLines(t *testing.T) {
-	if got, err := ParseUsage("2048 4095"); err != nil || got != (Usage{2048, 4095}) {
-		t.Errorf("%+v, %v", got, err)
-	}
-	if got, err := ParseUsage("0 -"); err != nil || got != (Usage{}) {
-		t.Errorf("%+v, %v", got, err)
-	}
-	if _, err := ParseUsage("Fail"); !errdefs.IsDataLoss(err) {
-		t.Errorf("%v", err)
-	}
-	if _, err := ParseUsage("1 x"); !errors.Is(err, syscall.EBADMSG) {
-		t.Errorf("%v", err)
-	}
-}
-
 func FuzzStatus(f *testing.F) {
 	f.Add("7 145/1024 12/1024 - rw discard_passdown queue_if_no_space - 256")
 	f.Add("0 1/2 2/2 17 out_of_data_space no_discard_passdown error_if_no_space needs_check 0")
@@ -62,7 +47,6 @@ func FuzzStatus(f *testing.F) {
 		} else if !errors.Is(err, syscall.EBADMSG) {
 			t.Error(err)
 		}
-		_, _ = ParseUsage(line)
 	})
 }
 

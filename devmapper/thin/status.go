@@ -157,29 +157,3 @@ func RebuildWords(metadata string, bytes int64) string {
 
 // leastRepair is what metadata has that cannot be opened.
 const leastRepair = 2 << 20
-
-// Usage is what a thin device says of itself.
-type Usage struct {
-	Mapped  uint64 // sectors that have blocks, of its own or shared
-	Highest uint64 // the last of them
-}
-
-// ParseUsage reads a thin device's status line.
-func ParseUsage(line string) (Usage, error) {
-	f := strings.Fields(line)
-	if len(f) == 1 && (f[0] == "Fail" || f[0] == "-") {
-		return Usage{}, fmt.Errorf("its pool has failed: %w: %w", errdefs.ErrDataLoss, syscall.EIO)
-	}
-	if len(f) < 2 {
-		return Usage{}, fmt.Errorf("%q: %w", line, errStatus)
-	}
-	mapped, err := strconv.ParseUint(f[0], 10, 64)
-	u := Usage{Mapped: mapped}
-	if err == nil && f[1] != "-" {
-		u.Highest, err = strconv.ParseUint(f[1], 10, 64)
-	}
-	if err != nil {
-		return Usage{}, fmt.Errorf("%q: %w: %w", line, errStatus, err)
-	}
-	return u, nil
-}
