@@ -114,7 +114,7 @@ func (d *driver) makeAll(c *thin.Change, batch []*making) {
 		if err := drivers.Step(m.ctx, "devmapper: create: recorded"); err != nil {
 			return err
 		}
-		err := c.CreateSnap(m.record.Thin, m.origin)
+		err := lost(c.CreateSnap(m.record.Thin, m.origin))
 		if errdefs.IsAlreadyExists(err) {
 			err = d.snapElsewhere(c, m)
 		}
@@ -189,6 +189,6 @@ func (d *driver) snapElsewhere(c *thin.Change, m *making) error {
 		if err := d.write(roots.New, m.id, m.record); err != nil {
 			return err
 		}
-		return c.CreateSnap(thinID, m.origin)
+		return lost(c.CreateSnap(thinID, m.origin))
 	})
 }

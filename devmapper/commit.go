@@ -229,7 +229,7 @@ func (d *driver) snapshotOf(ctx context.Context, id drivers.ID, l *record) (t te
 		if i, err := d.pool.Info(name); !suspended && err == nil && i.ActiveTable {
 			return fmt.Errorf("%s was activated meanwhile, try again: %w", name, errdefs.ErrUnavailable)
 		}
-		t, err = d.reserve(c, func(thinID uint32) error { return c.CreateSnap(thinID, l.Thin) })
+		t, err = d.reserve(c, func(thinID uint32) error { return lost(c.CreateSnap(thinID, l.Thin)) })
 		return err
 	})
 	return t, err

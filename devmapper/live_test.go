@@ -714,6 +714,40 @@ func TestOptions(t *testing.T) {
 	}
 }
 
+// Blocks larger than the layers are refused in words.
+func TestSizeBelowABlock(t *testing.T) {
+	needsDM(t)
+	_, err := Open(t.Context(), drivers.Config{Root: testenv.FS(t, "ext4", testenv.Size(1<<30)) + "/r",
+		Options: map[string]string{"size": "320MiB", "block": "512MiB", "data-size": "512MiB"}})
+	if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "size=335544320") {
+		t.Errorf("%v", err)
+	}
+}
+
+// A thin device that is gone from the pool is lost data, not a layer that is not there.
+func TestLostThinDevice(t *testing.T) {
+	b := newBench(t, 512*mib, nil)
+	base, r := b.create(1), b.create(2)
+	b.write(base, "f", "x")
+	b.commit(base)
+	b.check(b.pool.Exclusive(t.Context(), func(c *thin.Change) error { return errors.Join(c.Delete(1), c.Delete(2)) }))
+	if _, err := b.Usage(t.Context(), r); !errdefs.IsDataLoss(err) || errdefs.IsNotFound(err) {
+		t.Errorf("usage: %v", err)
+	}
+	if _, err := b.Commit(t.Context(), r, drivers.CommitOptions{}); !errdefs.IsDataLoss(err) {
+		t.Errorf("commit: %v", err)
+	}
+	for _, err := range b.Diff(t.Context(), drivers.Ref{}, r) {
+		if !errdefs.IsDataLoss(err) || errdefs.IsNotFound(err) {
+			t.Errorf("diff: %v", err)
+		}
+	}
+	if err := b.Create(t.Context(), drivers.Ref{ID: 3, Parents: []drivers.ID{1}}, drivers.CreateOptions{}); !errdefs.IsDataLoss(err) || errdefs.IsNotFound(err) {
+		t.Errorf("create on it: %v", err)
+	}
+	b.remove(2, 1)
+}
+
 // Another size than the layers have is refused by number.
 func TestPoolOfAnotherSize(t *testing.T) {
 	b := newBench(t, 512*mib, map[string]string{"size": "320MiB"})

@@ -90,11 +90,15 @@ func (d *driver) makeTemplate(ctx context.Context, o options) error {
 			d.template = t
 			return o.agree(&t) // another was quicker
 		}
+		size, err := d.templateSize(f, o.size)
+		if err != nil {
+			return err
+		}
 		tmp, err := d.reserve(c, c.CreateThin)
 		if err != nil {
 			return err
 		}
-		t, err := d.fillTemplate(ctx, c, f, o.size, tmp.id)
+		t, err := d.fillTemplate(ctx, c, f, size, tmp.id)
 		if err == nil {
 			err = thin.WriteJSON(d.dir, f.templateFile(), &t)
 		}
@@ -107,12 +111,22 @@ func (d *driver) makeTemplate(ctx context.Context, o options) error {
 	})
 }
 
+// templateSize is what is asked for in whole blocks of the pool.
+func (d *driver) templateSize(f *fileSystem, asked int64) (int64, error) {
+	if asked == 0 {
+		asked = defaultSize
+	}
+	size := asked / d.pool.BlockBytes() * d.pool.BlockBytes()
+	if size < f.least {
+		return 0, fmt.Errorf("option size=%d: in whole blocks of the pool (%d bytes) that is %d, and a file system of kind %s has at least %d: %w",
+			asked, d.pool.BlockBytes(), size, f.name, f.least, errdefs.ErrInvalidArgument)
+	}
+	return size, nil
+}
+
 // fillTemplate makes the file system on a thin device without blocks.
 func (d *driver) fillTemplate(ctx context.Context, c *thin.Change, f *fileSystem, size int64, id uint32) (template, error) {
-	if size == 0 {
-		size = defaultSize
-	}
-	t := template{FS: f.name, Bytes: size / d.pool.BlockBytes() * d.pool.BlockBytes(), Thin: id, Tool: f.program + " " + strings.Join(f.args, " ")}
+	t := template{FS: f.name, Bytes: size, Thin: id, Tool: f.program + " " + strings.Join(f.args, " ")}
 	v := d.private(id, t.sectors(), false)
 	if err := c.Activate(ctx, v); err != nil {
 		return t, err

@@ -2,6 +2,7 @@ package devmapper
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/containerd/errdefs"
 
@@ -50,7 +51,17 @@ func (d *driver) measure(ctx context.Context, r drivers.Ref, f *fileSystem, thin
 		return u, err
 	}
 	blocks, err := d.exclusive(ctx, metadata.ID(thinID), metadata.ID(below))
+	err = lost(err)
 	return drivers.Usage{Bytes: int64(blocks) * d.pool.BlockBytes(), Inodes: -1}, err
+}
+
+// lost has the error of a thin device that the pool has not, though a record names it, say that it
+// is lost: it is not the layer that is not there.
+func lost(err error) error {
+	if errdefs.IsNotFound(err) {
+		return fmt.Errorf("the pool lacks a thin device that a record names: %w: %w", errdefs.ErrDataLoss, words{err})
+	}
+	return err
 }
 
 // exclusive counts from the pool's metadata as it is on the disk. What a superblock leads
