@@ -112,15 +112,8 @@ func fsNames() string {
 	return strings.Join(names, ", ")
 }
 
-// find finds the program, in sbin directories too.
-func (f *fileSystem) find() (string, error) {
-	for _, dir := range []string{"", "/usr/sbin/", "/sbin/"} {
-		if p, err := exec.LookPath(dir + f.program); err == nil {
-			return p, nil
-		}
-	}
-	return "", fmt.Errorf("no %s in PATH (package %s): %w", f.program, f.from, errdefs.ErrUnavailable)
-}
+// find finds the program.
+func (f *fileSystem) find() (string, error) { return thin.FindTool(f.program, f.from) }
 
 // make makes one on a device.
 func (f *fileSystem) make(ctx context.Context, v thin.Volume) error {

@@ -15,16 +15,19 @@ import (
 
 const checkTool = "thin_check"
 
-// CheckTool finds the program thin_check, in sbin directories too; ErrUnavailable says
-// where it comes from.
-func CheckTool() (string, error) {
-	for _, name := range []string{checkTool, "/usr/sbin/" + checkTool, "/sbin/" + checkTool} {
-		if p, err := exec.LookPath(name); err == nil {
+// FindTool finds a program, in sbin directories too; ErrUnavailable says which package
+// it comes from.
+func FindTool(name, from string) (string, error) {
+	for _, dir := range []string{"", "/usr/sbin/", "/sbin/"} {
+		if p, err := exec.LookPath(dir + name); err == nil {
 			return p, nil
 		}
 	}
-	return "", fmt.Errorf("no %s in PATH (package thin-provisioning-tools): %w", checkTool, errdefs.ErrUnavailable)
+	return "", fmt.Errorf("no %s in PATH (package %s): %w", name, from, errdefs.ErrUnavailable)
 }
+
+// CheckTool finds the program thin_check.
+func CheckTool() (string, error) { return FindTool(checkTool, "thin-provisioning-tools") }
 
 // Check runs thin_check on metadata: of an active pool on its metadata snapshot, which the
 // caller has taken. What it found is in words, "" if nothing. The error is that of the check
