@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -52,15 +53,12 @@ func (d *driver) InUse(ctx context.Context, id drivers.ID) error {
 }
 
 func (d *driver) inUse(ctx context.Context, id drivers.ID) error {
-	names, err := d.pool.Devices()
+	names, err := d.devicesOf(id)
 	if err != nil {
 		return err
 	}
 	end := time.Now().Add(patience)
 	for _, name := range names {
-		if !strings.HasPrefix(name, d.pool.Prefix()+id.String()+".") {
-			continue
-		}
 		for d.isOpen(name) {
 			where, err := mountedHere(name)
 			switch {
@@ -81,6 +79,13 @@ func (d *driver) inUse(ctx context.Context, id drivers.ID) error {
 	return nil
 }
 
+// devicesOf lists the devices of a layer: the one that shows it, and those of thin
+// devices that it had before.
+func (d *driver) devicesOf(id drivers.ID) ([]string, error) {
+	names, err := d.pool.Devices()
+	return slices.DeleteFunc(names, func(name string) bool { return !strings.HasPrefix(name, d.pool.Prefix()+id.String()+".") }), err
+}
+
 func (d *driver) isOpen(name string) bool {
 	i, err := d.pool.Info(name)
 	return err == nil && i.Open > 0
@@ -89,15 +94,12 @@ func (d *driver) isOpen(name string) bool {
 // releaseAll takes away every device of a layer. One that is open is waited for a
 // moment, without a lock, unless our mount namespace says why.
 func (d *driver) releaseAll(ctx context.Context, id drivers.ID) error {
-	names, err := d.pool.Devices()
+	names, err := d.devicesOf(id)
 	if err != nil {
 		return err
 	}
 	end := time.Now().Add(patience)
 	for _, name := range names {
-		if !strings.HasPrefix(name, d.pool.Prefix()+id.String()+".") {
-			continue
-		}
 		err := d.pool.Release(ctx, name, 0)
 		if errdefs.IsFailedPrecondition(err) {
 			where, listErr := mountedHere(name)
