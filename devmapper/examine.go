@@ -201,29 +201,21 @@ func (d *driver) compareRecords(e *examination, whole metadata.Report) error {
 
 // devicesNow lists the pool's devices; false if that cannot be read.
 func (d *driver) devicesNow() (all []metadata.Device, ok bool, err error) {
-	file, err := metadata.OpenFile(d.pool.MetadataPath())
-	if err != nil {
-		return nil, false, err
-	}
-	defer file.Close()
 	const tries = 10
-	for range tries {
-		m, err := metadata.Open(file)
-		if err != nil {
-			continue
-		}
+	ok, err = d.readSteady(tries, func(m *metadata.Pool) error {
 		all = nil
-		for dev, e := range m.Devices() {
-			if err = e; err != nil {
-				break
+		for dev, err := range m.Devices() {
+			if err != nil {
+				return err
 			}
 			all = append(all, dev)
 		}
-		if now, againErr := metadata.Open(file); err == nil && againErr == nil && now.Superblock() == m.Superblock() {
-			return all, true, nil
-		}
+		return nil
+	})
+	if !ok {
+		return nil, false, err
 	}
-	return nil, false, nil
+	return all, true, nil
 }
 
 // owners says whose each thin device is, and which records cannot be read; what a record

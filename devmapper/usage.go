@@ -64,31 +64,41 @@ func lost(err error) error {
 	return err
 }
 
-// exclusive counts from the pool's metadata as it is on the disk. What a superblock leads
-// to stays until there is another one: so what was read holds if the superblock has
-// not changed meanwhile. Where it always does, a metadata snapshot is taken.
+// exclusive counts from the pool's metadata as it is on the disk; where that always
+// changes, from a metadata snapshot.
 func (d *driver) exclusive(ctx context.Context, id, below metadata.ID) (blocks uint64, err error) {
+	count := func(m *metadata.Pool) (err error) {
+		blocks, err = m.Exclusive(id, below)
+		return err
+	}
+	const tries = 3
+	ok, err := d.readSteady(tries, count)
+	if err == nil && !ok {
+		err = d.withMetadata(ctx, count)
+	}
+	return blocks, err
+}
+
+// readSteady calls f with the pool's metadata as it is on the disk. What a superblock leads
+// to stays until there is another one: so what f read holds if the superblock has not
+// changed meanwhile. ok is false if it did, or f failed, at each try.
+func (d *driver) readSteady(tries int, f func(m *metadata.Pool) error) (ok bool, err error) {
 	file, err := metadata.OpenFile(d.pool.MetadataPath())
 	if err != nil {
-		return 0, err
+		return false, err
 	}
 	defer file.Close()
-	const tries = 3
 	for range tries {
 		m, err := metadata.Open(file)
 		if err != nil {
 			continue // the kernel is writing it
 		}
-		blocks, err := m.Exclusive(id, below)
+		err = f(m)
 		if now, againErr := metadata.Open(file); err == nil && againErr == nil && now.Superblock() == m.Superblock() {
-			return blocks, nil
+			return true, nil
 		}
 	}
-	err = d.withMetadata(ctx, func(m *metadata.Pool) (err error) {
-		blocks, err = m.Exclusive(id, below)
-		return err
-	})
-	return blocks, err
+	return false, nil
 }
 
 // withMetadata calls f with the pool's metadata, under a metadata snapshot. A pool has
