@@ -80,23 +80,28 @@ func (d *driver) examineMetadata(ctx context.Context, e *examination) (metadata.
 		}
 		e.note("the pool is too busy for its space maps to be checked: only its trees were")
 	}
-	d.damaged(e, report)
+	e.report(report, d.pool.RepairWords(), d.pool.RebuildWords())
 	return report, nil
 }
 
-func (d *driver) damaged(e *examination, r metadata.Report) {
-	for _, p := range r.Problems {
-		e.add(drivers.Finding{Fault: drivers.StorageDamaged, Object: "pool metadata", Detail: p.Error(), Suggestion: d.pool.RepairWords()})
-	}
-	for _, l := range r.Leaks {
-		e.add(leaked(l, d.pool.RebuildWords()))
+// damaged adds what is wrong with the pool's metadata, if that is anything, with the
+// commands that repair it.
+func (e *examination) damaged(what, repair string) {
+	if what != "" {
+		e.add(drivers.Finding{Fault: drivers.StorageDamaged, Object: "pool metadata", Detail: what, Suggestion: repair})
 	}
 }
 
-// leaked is space that a repair alone gives back.
-func leaked(what error, rebuild string) drivers.Finding {
-	return drivers.Finding{Fault: drivers.StorageLeaked, Object: "pool metadata",
-		Detail: what.Error() + " (a power cut while the kernel handed a discard on does that; nothing else is wrong with them)", Suggestion: "to have them back unmount the pool's layers, close every store on it, and " + rebuild}
+// report adds what Check of the metadata found; a leak is space that rebuilding alone gives back.
+func (e *examination) report(r metadata.Report, repair, rebuild string) {
+	for _, p := range r.Problems {
+		e.damaged(p.Error(), repair)
+	}
+	for _, l := range r.Leaks {
+		e.add(drivers.Finding{Fault: drivers.StorageLeaked, Object: "pool metadata",
+			Detail:     l.Error() + " (a power cut while the kernel handed a discard on does that; nothing else is wrong with them)",
+			Suggestion: "to have them back unmount the pool's layers, close every store on it, and " + rebuild})
+	}
 }
 
 // checkSteady checks metadata that may be in use. What a superblock leads to stays until there
@@ -139,7 +144,7 @@ func (d *driver) thinCheck(ctx context.Context, e *examination) error {
 			return nil
 		}
 		found, err := thin.Check(ctx, d.pool.MetadataPath(), false)
-		d.toolFound(e, found)
+		e.damaged(found, d.pool.RepairWords())
 		return err
 	}
 	s, err := d.pool.Snapshot(ctx)
@@ -154,14 +159,8 @@ func (d *driver) thinCheck(ctx context.Context, e *examination) error {
 	if releaseErr := s.Release(); err == nil {
 		err = releaseErr
 	}
-	d.toolFound(e, found)
+	e.damaged(found, d.pool.RepairWords())
 	return err
-}
-
-func (d *driver) toolFound(e *examination, found string) {
-	if found != "" {
-		e.add(drivers.Finding{Fault: drivers.StorageDamaged, Object: "pool metadata", Detail: found, Suggestion: d.pool.RepairWords()})
-	}
 }
 
 // compareRecords holds the records against the pool's devices. It is called with the pool's
@@ -288,20 +287,13 @@ func examineClosed(ctx context.Context, c drivers.Config, o drivers.ExamineOptio
 		if err != nil {
 			return err
 		}
-		for _, p := range report.Problems {
-			e.add(drivers.Finding{Fault: drivers.StorageDamaged, Object: "pool metadata", Detail: p.Error(), Suggestion: repair})
-		}
-		for _, l := range report.Leaks {
-			e.add(leaked(l, thin.RebuildWords(r.Metadata, r.Bytes)))
-		}
+		e.report(report, repair, thin.RebuildWords(r.Metadata, r.Bytes))
 		found, err := thin.Check(ctx, r.Metadata, false)
 		if errdefs.IsUnavailable(err) {
 			e.note("%v: the pool's metadata was checked by layerctl alone", err)
 			return nil
 		}
-		if found != "" {
-			e.add(drivers.Finding{Fault: drivers.StorageDamaged, Object: "pool metadata", Detail: found, Suggestion: repair})
-		}
+		e.damaged(found, repair)
 		if err == nil && found == "" && len(e.found) == 0 {
 			e.note("the pool's metadata is sound, by layerctl and by thin_check")
 		}
