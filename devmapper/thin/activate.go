@@ -249,18 +249,27 @@ func (p *Pool) table(data, metadata *sys.Fd, full Policy) (dm.Target, error) {
 		Params: fmt.Sprintf("%s %s %d %d %s", numbers[0], numbers[1], p.rec.Block/sector, p.rec.lowWater(blocks), features)}, nil
 }
 
-// devices opens the block devices that the active table names.
+// deviceNumbers are those of the block devices that the active table of a pool names,
+// this one or another.
+func (p *Pool) deviceNumbers(pool string) (data, metadata dm.Dev, err error) {
+	t, err := p.ctl.Table(pool, false)
+	if err != nil {
+		return data, metadata, err
+	}
+	if len(t) != 1 || t[0].Type != "thin-pool" {
+		return data, metadata, fmt.Errorf("%s is no thin pool: %w", pool, errdefs.ErrFailedPrecondition)
+	}
+	if _, err := fmt.Sscanf(t[0].Params, "%d:%d %d:%d", &metadata.Major, &metadata.Minor, &data.Major, &data.Minor); err != nil {
+		return data, metadata, fmt.Errorf("table %q: %w", t[0].Params, errStatus)
+	}
+	return data, metadata, nil
+}
+
+// devices opens the pool's block devices.
 func (p *Pool) devices() (data, metadata *sys.Fd, err error) {
-	t, err := p.ctl.Table(p.name, false)
+	d, m, err := p.deviceNumbers(p.name)
 	if err != nil {
 		return nil, nil, err
-	}
-	var m, d dm.Dev
-	if len(t) != 1 || t[0].Type != "thin-pool" {
-		return nil, nil, fmt.Errorf("%s is no thin pool: %w", p.name, errdefs.ErrFailedPrecondition)
-	}
-	if _, err := fmt.Sscanf(t[0].Params, "%d:%d %d:%d", &m.Major, &m.Minor, &d.Major, &d.Minor); err != nil {
-		return nil, nil, fmt.Errorf("table %q: %w", t[0].Params, errStatus)
 	}
 	if data, err = openBlock(d); err != nil {
 		return nil, nil, err

@@ -2,6 +2,7 @@ package thin
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"regexp"
 	"slices"
@@ -35,7 +36,8 @@ func (p *Pool) GonePools() ([]Gone, error) {
 		}
 	}
 	var gone []Gone
-	for prefix, names := range devices {
+	for _, prefix := range slices.Sorted(maps.Keys(devices)) {
+		names := devices[prefix]
 		why := p.whyGone(prefix+"pool", names)
 		if why == "" {
 			continue
@@ -45,9 +47,6 @@ func (p *Pool) GonePools() ([]Gone, error) {
 			gone = append(gone, Gone{name, why})
 		}
 	}
-	slices.SortStableFunc(gone, func(a, b Gone) int {
-		return strings.Compare(deviceNames.FindStringSubmatch(a.Name)[1], deviceNames.FindStringSubmatch(b.Name)[1])
-	})
 	return gone, nil
 }
 
@@ -67,15 +66,11 @@ func (p *Pool) whyGone(pool string, names []string) string {
 	if !slices.Contains(names, pool) {
 		return "its pool " + pool + " is not there"
 	}
-	t, err := p.ctl.Table(pool, false)
-	if err != nil || len(t) != 1 || t[0].Type != "thin-pool" {
+	_, metadata, err := p.deviceNumbers(pool)
+	if err != nil {
 		return ""
 	}
-	var m, d dm.Dev
-	if _, err := fmt.Sscanf(t[0].Params, "%d:%d %d:%d", &m.Major, &m.Minor, &d.Major, &d.Minor); err != nil {
-		return ""
-	}
-	if file, deleted := backing(m); deleted {
+	if file, deleted := backing(metadata); deleted {
 		return "the file that its pool's metadata is on was deleted (" + file + ")"
 	}
 	return ""
