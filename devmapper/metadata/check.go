@@ -3,6 +3,7 @@ package metadata
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -191,7 +192,7 @@ func (c *checker) devices(p *Pool) {
 	if top.err != nil {
 		c.problem("trees of devices: %w", top.err)
 	}
-	for _, id := range sortedIDs(roots) {
+	for _, id := range slices.Sorted(maps.Keys(roots)) {
 		m := c.tree(ofMappings, roots[id], c.mapping)
 		d, ok := devices[id]
 		whole := m.err == nil
@@ -210,7 +211,7 @@ func (c *checker) devices(p *Pool) {
 		d.ID = id
 		c.report.Devices = append(c.report.Devices, Checked{d, end, whole})
 	}
-	for _, id := range sortedIDs(devices) {
+	for _, id := range slices.Sorted(maps.Keys(devices)) {
 		if _, ok := roots[id]; !ok && top.err == nil {
 			c.problem("device %d has a record and no tree: %w", id, errdefs.ErrDataLoss)
 		}
@@ -223,14 +224,6 @@ func (c *checker) mapping(_ uint64, value []byte) error {
 		c.data.add(data)
 	}
 	return err
-}
-
-func sortedIDs[T any](m map[ID]T) (ids []ID) {
-	for id := range m {
-		ids = append(ids, id)
-	}
-	slices.Sort(ids)
-	return ids
 }
 
 // counts are numbers of references to blocks.
