@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -242,11 +241,11 @@ func (d *driver) deleteThin(c *thin.Change, id drivers.ID, l *record) error {
 
 // othersWith reports whether another layer has, or may have, a thin id.
 func (d *driver) othersWith(thinID uint32, but drivers.ID) (bool, error) {
-	ts, err := d.templates()
+	templates, err := d.templateThins()
 	if err != nil {
 		return false, err
 	}
-	others := slices.ContainsFunc(ts, func(t template) bool { return t.Thin == thinID })
+	others := templates[thinID]
 	err = d.records(func(id drivers.ID, r *record, err error) error {
 		if id != but && (err != nil || r.Thin == thinID) { // one that cannot be read may have it
 			others = true

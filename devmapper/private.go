@@ -191,13 +191,9 @@ func (d *driver) sweepTemps(c *thin.Change) error {
 
 // layerThins are the ids that layers have, and the templates.
 func (d *driver) layerThins() (map[uint32]bool, error) {
-	ts, err := d.templates()
+	ids, err := d.templateThins()
 	if err != nil {
 		return nil, err
-	}
-	ids := map[uint32]bool{}
-	for _, t := range ts {
-		ids[t.Thin] = true
 	}
 	err = d.records(func(_ drivers.ID, r *record, err error) error {
 		if err == nil {

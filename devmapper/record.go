@@ -225,13 +225,9 @@ func (d *driver) records(do func(drivers.ID, *record, error) error) error {
 // usedIDs are the ids that a record names, and those that the pool has: what has lost its
 // record, or has one that cannot be read, is nobody's to take. It is called with the pool's lock.
 func (d *driver) usedIDs() (map[uint32]bool, error) {
-	ts, err := d.templates()
+	used, err := d.templateThins()
 	if err != nil {
 		return nil, err
-	}
-	used := map[uint32]bool{}
-	for _, t := range ts {
-		used[t.Thin] = true
 	}
 	unreadable := ""
 	err = d.records(func(id drivers.ID, r *record, err error) error {

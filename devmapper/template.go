@@ -63,6 +63,19 @@ func (d *driver) templates() (ts []template, err error) {
 	return ts, nil
 }
 
+// templateThins are the ids that templates have.
+func (d *driver) templateThins() (map[uint32]bool, error) {
+	ts, err := d.templates()
+	if err != nil {
+		return nil, err
+	}
+	ids := map[uint32]bool{}
+	for _, t := range ts {
+		ids[t.Thin] = true
+	}
+	return ids, nil
+}
+
 // openTemplate reads the one of the kind that is asked for, or of the first kind that
 // there is one of; or makes it.
 func (d *driver) openTemplate(ctx context.Context, o options) error {
