@@ -58,11 +58,8 @@ func BenchmarkDiff(b *testing.B) {
 				}
 			}
 			b.Run("candidates", func(b *testing.B) {
-				f, err := os.Open(a.name)
-				a.check(err)
+				f, g := a.open(), c.open()
 				defer f.Close()
-				g, err := os.Open(c.name)
-				a.check(err)
 				defer g.Close()
 				var read readCounter
 				for b.Loop() {

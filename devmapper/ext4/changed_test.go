@@ -279,8 +279,7 @@ func TestWhatCannotBeTold(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	f, err := os.Open(a.name)
-	a.check(err)
+	f := a.open()
 	defer f.Close()
 	if _, err := Changed(ctx, f, f, []Range{{0, 16 << 20}}); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)

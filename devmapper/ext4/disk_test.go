@@ -45,12 +45,19 @@ func (d disk) check(err error) {
 	}
 }
 
+// open opens the disk for reading.
+func (d disk) open() *os.File {
+	d.Helper()
+	f, err := os.Open(d.name)
+	d.check(err)
+	return f
+}
+
 // copy is what a snapshot would be.
 func (d disk) copy() disk {
 	d.Helper()
 	c := disk{d.TB, filepath.Join(testenv.Scratch(d), "c")}
-	from, err := os.Open(d.name)
-	d.check(err)
+	from := d.open()
 	defer from.Close()
 	st, err := from.Stat()
 	d.check(err)
@@ -123,11 +130,8 @@ func differences(a, b disk, block int) []Range {
 	a.Helper()
 	var out []Range
 	x, y := make([]byte, block), make([]byte, block)
-	f, err := os.Open(a.name)
-	a.check(err)
+	f, g := a.open(), b.open()
 	defer f.Close()
-	g, err := os.Open(b.name)
-	a.check(err)
 	defer g.Close()
 	for off := int64(0); ; off += int64(block) {
 		n, err := f.ReadAt(x, off)
@@ -152,11 +156,8 @@ func differences(a, b disk, block int) []Range {
 // changed asks for the candidates of two disks.
 func changed(a, b disk, ranges []Range) (*layer.Candidates, error) {
 	a.Helper()
-	f, err := os.Open(a.name)
-	a.check(err)
+	f, g := a.open(), b.open()
 	defer f.Close()
-	g, err := os.Open(b.name)
-	a.check(err)
 	defer g.Close()
 	return Changed(a.Context(), f, g, ranges)
 }

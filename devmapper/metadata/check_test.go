@@ -158,11 +158,7 @@ func (m *image) leaf(p *Pool, id ID) uint64 {
 	if err != nil {
 		panic(err)
 	}
-	n := t.root
-	for nd := m.load(n); !nd.leaf; nd = m.load(n) {
-		n = nd.vals[0]
-	}
-	return n
+	return m.firstLeaf(t.root)
 }
 
 // overwrite puts a node where it was, with the room that it had.
@@ -213,11 +209,7 @@ func TestCheckOfDamagedTrees(t *testing.T) {
 	} {
 		im := small(t)
 		root := im.roots[1]
-		leaf := root
-		for nd := im.load(root); !nd.leaf; nd = im.load(leaf) {
-			leaf = nd.vals[0]
-		}
-		c.do(im, root, leaf)
+		c.do(im, root, im.firstLeaf(root))
 		r, found := checked(t, im.b)
 		if !strings.Contains(found, c.want) || r.Accounted {
 			t.Errorf("%s: accounted %v, found %q, should speak of %q", c.what, r.Accounted, found, c.want)

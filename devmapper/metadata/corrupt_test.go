@@ -118,11 +118,7 @@ func TestDamageIsAnErrorThatNamesTheBlock(t *testing.T) {
 	} {
 		im := small(t)
 		root := im.roots[1]
-		leaf := root
-		for nd := im.load(root); !nd.leaf; nd = im.load(leaf) {
-			leaf = nd.vals[0]
-		}
-		c.do(im, root, leaf)
+		c.do(im, root, im.firstLeaf(root))
 		p, err := Open(im)
 		if err != nil {
 			t.Fatalf("%s: %v", c.what, err)
@@ -131,6 +127,15 @@ func TestDamageIsAnErrorThatNamesTheBlock(t *testing.T) {
 			t.Errorf("%s: %v; should speak of %q", c.what, err, c.want)
 		}
 	}
+}
+
+// firstLeaf is the block of the first leaf of a tree.
+func (m *image) firstLeaf(root uint64) uint64 {
+	n := root
+	for nd := m.load(n); !nd.leaf; nd = m.load(n) {
+		n = nd.vals[0]
+	}
+	return n
 }
 
 // rewrite changes a node in place, whoever has it.
