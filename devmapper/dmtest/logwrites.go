@@ -10,7 +10,6 @@ import (
 	"testing"
 
 	"github.com/layerctl/layerctl/devmapper/dm"
-	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
 )
 
@@ -18,8 +17,7 @@ import (
 // could no longer lose it (dm-log-writes), so that the disk can be had as it was after a power
 // cut at any moment. It goes with the test.
 type Disk struct {
-	testing.TB
-	*dm.Control
+	kernel
 	// Name is that of the device while it records.
 	Name string
 
@@ -34,23 +32,16 @@ const sectorBytes = 512
 // skips as Open does.
 func NewDisk(t *testing.T, name, file string) *Disk {
 	t.Helper()
-	d := &Disk{TB: t, Control: Open(t), Name: name, dir: testenv.Scratch(t), golden: filepath.Join(testenv.Scratch(t), "golden")}
+	d := &Disk{kernel: kernel{t, Open(t)}, Name: name, dir: testenv.Scratch(t), golden: filepath.Join(testenv.Scratch(t), "golden")}
 	st, err := os.Stat(file)
 	d.check(err)
 	d.bytes = st.Size()
 	d.check(copySparse(file, d.golden))
-	base, log := d.attach(file), d.attach(d.sparse("log", 4<<30))
-	d.device(name, dm.Target{Length: uint64(d.bytes / sectorBytes), Type: "log-writes", Params: base.number + " " + log.number})
+	base, log := d.attach(file), d.attach(d.file("log", 4<<30))
+	d.device(name, dm.Target{Length: uint64(d.bytes / sectorBytes), Type: "log-writes", Params: base.number + " " + log.number}, d.Drop)
 	base.Close()
 	log.Close()
 	return d
-}
-
-func (d *Disk) check(err error) {
-	d.Helper()
-	if err != nil {
-		d.Fatal(err)
-	}
 }
 
 // copySparse copies a file but for its zeros.
@@ -82,47 +73,19 @@ func copySparse(from, to string) error {
 	}
 }
 
-func (d *Disk) sparse(name string, bytes int64) string {
+// file makes a file of zeros, or empties one.
+func (d *Disk) file(name string, bytes int64) (path string) {
 	d.Helper()
-	path := filepath.Join(d.dir, name)
-	d.check(errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, bytes)))
+	path = filepath.Join(d.dir, name)
+	d.sparse(path, bytes)
 	return path
 }
 
-type loop struct {
-	*sys.Fd
-	number string
-}
-
-// attach makes a file a loop device, which goes with its last user.
-func (d *Disk) attach(file string) loop {
-	d.Helper()
-	l, err := sys.AttachLoop(file, sys.LoopOptions{Autoclear: true})
-	d.check(err)
-	s, err := sys.StatPath(l.Name())
-	d.check(err)
-	return loop{l, fmt.Sprintf("%d:%d", s.RdevMajor, s.RdevMinor)}
-}
-
-// device makes an active device, and returns its node.
-func (d *Disk) device(name string, target dm.Target) (node string) {
-	d.Helper()
-	_, err := d.Create(name, "layerctl-"+name)
-	d.check(err)
-	d.Cleanup(func() { d.drop(name) })
-	d.check(errors.Join(d.Load(name, []dm.Target{target}, false), d.Resume(name)))
-	i, err := d.Info(name)
-	d.check(err)
-	node, err = dm.MakeNode(i)
-	d.check(err)
-	return node
-}
-
-// drop removes a device, if it is there.
-func (d *Disk) drop(name string) {
+// Drop removes a device that Slice or Cut made, if it is there.
+func (d *Disk) Drop(name string) {
 	d.Helper()
 	if _, err := d.Info(name); err == nil {
-		d.check(errors.Join(dm.RemoveNode(name), d.Remove(name, false)))
+		d.destroy(name)
 	}
 }
 
@@ -131,11 +94,8 @@ func (d *Disk) Slice(name, of string, begin, bytes int64) (node string) {
 	d.Helper()
 	i, err := d.Info(of)
 	d.check(err)
-	return d.device(name, dm.Target{Length: uint64(bytes / sectorBytes), Type: "linear", Params: fmt.Sprintf("%s %d", i.Dev, begin/sectorBytes)})
+	return d.device(name, dm.Target{Length: uint64(bytes / sectorBytes), Type: "linear", Params: fmt.Sprintf("%s %d", i.Dev, begin/sectorBytes)}, d.Drop)
 }
-
-// Drop removes a device that Slice or Cut made.
-func (d *Disk) Drop(name string) { d.Helper(); d.drop(name) }
 
 // Mark notes in the log, in one word, that something is true from here on.
 func (d *Disk) Mark(format string, args ...any) {
@@ -147,7 +107,7 @@ func (d *Disk) Mark(format string, args ...any) {
 // End ends the recording: the device, which nobody has open, goes.
 func (d *Disk) End() *Log {
 	d.Helper()
-	d.drop(d.Name)
+	d.Drop(d.Name)
 	f, err := os.Open(filepath.Join(d.dir, "log"))
 	d.check(err)
 	d.Cleanup(func() { f.Close() })
@@ -259,9 +219,8 @@ func (l *Log) apply(disk io.WriterAt, e Entry) error {
 func (r *Replay) Cut(name string, also []int) {
 	d := r.d
 	d.Helper()
-	cow := d.sparse("cow", 512<<20)
-	base, scratch := d.attach(d.golden), d.attach(cow)
-	node := d.device(name, dm.Target{Length: uint64(d.bytes / sectorBytes), Type: "snapshot", Params: base.number + " " + scratch.number + " N 8"})
+	base, scratch := d.attach(d.golden), d.attach(d.file("cow", 512<<20))
+	node := d.device(name, dm.Target{Length: uint64(d.bytes / sectorBytes), Type: "snapshot", Params: base.number + " " + scratch.number + " N 8"}, d.Drop)
 	base.Close()
 	scratch.Close()
 	if len(also) == 0 {
