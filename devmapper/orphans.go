@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"syscall"
 
 	"github.com/containerd/errdefs"
@@ -56,7 +55,7 @@ func (d *driver) whyOrphan(name string) (string, error) {
 		if d.ownerDied(name) {
 			return "the process that looked at a layer by it is dead", nil
 		}
-		if strings.HasPrefix(name, d.pool.Prefix()+"0.") && strings.Count(name[len(d.pool.Prefix()):], ".") == 2 {
+		if _, private := d.privateOwner(name); private {
 			return "", nil // its owner is alive, or cannot be seen
 		}
 		return "no layer has a device of this name", nil

@@ -37,14 +37,20 @@ var pidNamespace = sync.OnceValue(func() string {
 	return number
 })
 
+// privateOwner is what a private device's name says of its owner; false for others.
+func (d *driver) privateOwner(device string) (owner string, ok bool) {
+	parts := strings.Split(strings.TrimPrefix(device, d.pool.Prefix()), ".") // 0, THIN, NS-PID-N
+	if len(parts) != 3 || parts[0] != "0" {
+		return "", false
+	}
+	return parts[2], true
+}
+
 // ownerDied reports whether a private device's owner is dead. One in another pid
 // namespace, or in one that is not known, may be alive.
 func (d *driver) ownerDied(device string) bool {
-	parts := strings.Split(strings.TrimPrefix(device, d.pool.Prefix()), ".") // 0, THIN, NS-PID-N
-	if len(parts) != 3 || parts[0] != "0" {
-		return false
-	}
-	f := strings.Split(parts[2], "-")
+	owner, _ := d.privateOwner(device)
+	f := strings.Split(owner, "-")
 	if len(f) != 3 || f[0] != pidNamespace() || f[0] == "0" {
 		return false
 	}
