@@ -61,6 +61,8 @@ func (d *driver) planCreate(r drivers.Ref, o drivers.CreateOptions) (*record, ui
 		return nil, 0, fmt.Errorf("0 is not a layer: %w", errdefs.ErrInvalidArgument)
 	case o.Quota < 0 || o.Quota > mostBytes:
 		return nil, 0, fmt.Errorf("a quota of %d bytes: %w", o.Quota, errdefs.ErrInvalidArgument)
+	case o.Quota > 0 && !d.caps.Quota:
+		return nil, 0, fmt.Errorf("a quota: %w: %w", errdefs.ErrInvalidArgument, words{d.noQuota})
 	case !o.IDMap.IsZero() && !d.caps.IDMap:
 		return nil, 0, fmt.Errorf("no id-mapped mounts of %s here: %w", d.template.FS, errdefs.ErrInvalidArgument)
 	}

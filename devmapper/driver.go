@@ -32,6 +32,7 @@ type driver struct {
 	pool     *thin.Pool
 	template template // of layers without parent; immutable once open
 	caps     drivers.Capabilities
+	noQuota  error // why caps deny it
 
 	burst burst           // Creates that wait for the pool
 	used  map[uint32]bool // guarded by the pool's Exclusive: ids in use; nil: not known

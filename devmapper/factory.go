@@ -186,13 +186,8 @@ func (d *driver) start(ctx context.Context, o options) error {
 	if err := d.openTemplate(ctx, o); err != nil {
 		return err
 	}
-	idMap, err := d.tryTemplate(ctx)
-	if err != nil {
-		return err
-	}
-	d.caps = drivers.Capabilities{Driver: Name, Diff: true, Apply: true, IDMap: idMap, UsageBytes: true, UsageBlocks: true,
-		Quota: true, LeastQuota: d.template.Bytes}
-	return nil
+	d.caps = drivers.Capabilities{Driver: Name, Diff: true, Apply: true, UsageBytes: true, UsageBlocks: true}
+	return d.tryTemplate(ctx)
 }
 
 // recover resumes what a process left suspended, and deletes what it left in tmp.
@@ -238,26 +233,42 @@ func (d *driver) resumeIfLeft(name string) error {
 }
 
 // tryTemplate mounts the template, attached nowhere: so the kernel shows that it has
-// the file system, and whether it maps ids.
-func (d *driver) tryTemplate(ctx context.Context) (idMap bool, err error) {
+// the file system, whether it maps ids, and whether we may make one larger.
+func (d *driver) tryTemplate(ctx context.Context) error {
 	one := []drivers.IDRange{{ContainerID: 0, HostID: 100000, Size: 1}}
 	f, err := knownFS(d.template.FS)
 	if err != nil {
-		return false, err
+		return err
 	}
 	v := d.private(d.template.Thin, d.template.sectors(), true)
-	err = d.shown(ctx, v, func() error {
-		for _, o := range []drivers.MountOptions{{IDMap: drivers.IDMap{UIDs: one, GIDs: one}}, {}} {
-			t, err := mount.Detached(ctx, []mount.Mount{f.mount(v, o)})
-			if err == nil {
-				idMap = !o.IDMap.IsZero()
-				return t.Close()
-			}
-			if o.IDMap.IsZero() {
-				return err
-			}
+	return d.shown(ctx, v, func() error {
+		t, err := mount.Detached(ctx, []mount.Mount{f.mount(v, drivers.MountOptions{IDMap: drivers.IDMap{UIDs: one, GIDs: one}})})
+		d.caps.IDMap = err == nil
+		if err != nil {
+			t, err = mount.Detached(ctx, []mount.Mount{f.mount(v, drivers.MountOptions{})})
 		}
-		return nil
+		if err != nil {
+			return err
+		}
+		err = d.tryGrow(f, v, t.Path())
+		return errors.Join(err, t.Close())
 	})
-	return idMap, err
+}
+
+// tryGrow asks for what a read-only mount is refused: EPERM comes before that.
+func (d *driver) tryGrow(f *fileSystem, v thin.Volume, path string) error {
+	dev, err := sys.Open(thin.Node(v.Name), sys.O_RDONLY, 0)
+	if err != nil {
+		return err
+	}
+	defer dev.Close()
+	root, err := sys.OpenDir(path)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	if d.noQuota = f.grow(root, dev, d.template.Bytes); !errors.Is(d.noQuota, syscall.EPERM) {
+		d.caps.Quota, d.caps.LeastQuota, d.noQuota = true, d.template.Bytes, nil
+	}
+	return nil
 }

@@ -289,13 +289,19 @@ type child struct {
 	Base  drivers.ID
 	Lives int
 	FS    string // the option filesystem
+	Drop  string // a capability that it does not have
 }
 
 func (b *bench) start(c child) *exec.Cmd {
 	b.Helper()
 	text, err := json.Marshal(c)
 	b.check(err)
-	cmd := exec.Command("/proc/self/exe", "-test.run=^TestChild$")
+	self, err := os.Executable()
+	b.check(err)
+	cmd := exec.Command(self, "-test.run=^TestChild$")
+	if c.Drop != "" {
+		cmd = exec.Command(testenv.Program(b, "setpriv", "util-linux"), "--bounding-set=-"+c.Drop, self, "-test.run=^TestChild$")
+	}
 	cmd.Env = append(os.Environ(), envChild+"="+string(text))
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
@@ -356,6 +362,8 @@ func TestChild(t *testing.T) {
 		}
 	case "grow":
 		err = d.Create(ctx, drivers.Ref{ID: c.ID, Parents: []drivers.ID{c.Base}}, drivers.CreateOptions{Quota: 600 * mib})
+	case "bounded":
+		err = d.refusesQuota(ctx)
 	case "lives":
 		err = d.lives(ctx, c)
 	case "leaves":

@@ -82,6 +82,29 @@ func TestGrowthStoppedAtEachStep(t *testing.T) {
 	}
 }
 
+// Without the capability that the kernel asks of who makes an ext4 larger the driver has no
+// quotas, and says why.
+func TestNoQuotaWithoutTheCapability(t *testing.T) {
+	b := newBench(t, 512*mib, map[string]string{"filesystem": "ext4", "size": "320MiB"})
+	if c := b.Capabilities(); !c.Quota || c.LeastQuota != 320*mib {
+		t.Errorf("with it: %+v", c)
+	}
+	if b.died(b.start(child{Root: b.root, Step: -1, Op: "bounded", Drop: "sys_resource"})) {
+		t.Error("died")
+	}
+}
+
+func (d *driver) refusesQuota(ctx context.Context) error {
+	if c := d.Capabilities(); c.Quota || c.LeastQuota != 0 {
+		return fmt.Errorf("capabilities: %+v", c)
+	}
+	err := d.Create(ctx, drivers.Ref{ID: 7}, drivers.CreateOptions{Quota: 600 * mib})
+	if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "CAP_SYS_RESOURCE") {
+		return fmt.Errorf("create: %w", err)
+	}
+	return nil
+}
+
 // The diff of a child of a layer that has grown is by blocks like any other.
 func TestDiffOfGrownLayers(t *testing.T) {
 	b := newBench(t, 768*mib, map[string]string{"filesystem": "ext4", "size": "64MiB"})
