@@ -132,37 +132,6 @@ func checkSteady(ctx context.Context, path string) (r metadata.Report, steady bo
 	return r, false, nil
 }
 
-// thinCheck runs the field's own tool on a metadata snapshot.
-func (d *driver) thinCheck(ctx context.Context, e *examination) error {
-	if _, err := thin.CheckTool(); err != nil {
-		e.note("%v: the pool's metadata was checked by layerctl alone", err)
-		return nil
-	}
-	if err := d.pool.Flush(); err != nil { // it takes no metadata snapshot, and changes nothing
-		if !d.pool.OnFiles() {
-			e.note("no thin_check of a device that a pool in this state has")
-			return nil
-		}
-		found, err := thin.Check(ctx, d.pool.MetadataPath(), false)
-		e.damaged(found, d.pool.RepairWords())
-		return err
-	}
-	s, err := d.pool.Snapshot(ctx)
-	if errdefs.IsUnavailable(err) {
-		e.note("no thin_check: %v", err)
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	found, err := thin.Check(ctx, s.Path, true)
-	if releaseErr := s.Release(); err == nil {
-		err = releaseErr
-	}
-	e.damaged(found, d.pool.RepairWords())
-	return err
-}
-
 // compareRecords holds the records against the pool's devices. It is called with the pool's
 // lock, so that no id changes hands.
 func (d *driver) compareRecords(e *examination, whole metadata.Report) error {

@@ -3,6 +3,7 @@ package devmapper
 import (
 	"context"
 	"fmt"
+	"io"
 
 	"github.com/containerd/errdefs"
 
@@ -126,7 +127,7 @@ func (d *driver) withMetadata(ctx context.Context, f func(m *metadata.Pool) erro
 }
 
 // openMetadata reads the superblock, which the kernel may be writing.
-func openMetadata(f *metadata.File) (m *metadata.Pool, err error) {
+func openMetadata(f io.ReaderAt) (m *metadata.Pool, err error) {
 	const tries = 10
 	for range tries {
 		if m, err = metadata.Open(f); err == nil {

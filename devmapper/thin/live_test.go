@@ -341,6 +341,37 @@ func (b *bench) snapshots(p *Pool) {
 	message("release_metadata_snap")
 }
 
+// Who waits for the metadata snapshot waits as long as its context says, and takes nothing with
+// it.
+func TestWaitForTheMetadataSnapshotEnds(t *testing.T) {
+	b := newBench(t)
+	p := b.open(b.fileSystem(128*mib), Options{})
+	s, err := p.Snapshot(t.Context())
+	b.check(err)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	waited := make(chan error, 1)
+	go func() {
+		late, err := p.Snapshot(ctx)
+		if err == nil {
+			err = errors.Join(errors.New("taken"), late.Release())
+		}
+		waited <- err
+	}()
+	select {
+	case err := <-waited:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("waited: %v", err)
+		}
+	case <-time.After(time.Minute):
+		t.Error("waits on")
+	}
+	b.check(s.Release())
+	again, err := p.Snapshot(t.Context())
+	b.check(err)
+	b.check(again.Release())
+}
+
 // Two Pools of one directory, as two processes have them: the last one that
 // closes takes the pool away, what is open stays.
 func TestTwoOpenOnePool(t *testing.T) {

@@ -34,13 +34,13 @@ type snapshotNote struct {
 	Taking bool   `json:"taking,omitempty"`
 }
 
-// Snapshot takes a metadata snapshot. It waits for our own others, and
+// Snapshot takes a metadata snapshot. It waits for our own others as long as ctx says, and
 // releases one that a process of ours died with; ErrUnavailable if another program
 // has one.
 func (p *Pool) Snapshot(ctx context.Context) (*Snapshot, error) {
-	lock, err := sys.WaitLock(p.path(snapshotLock), sys.O_RDWR|sys.O_CREAT, sys.LockExclusive)
+	lock, err := waitLock(ctx, p.path(snapshotLock))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("metadata snapshot: %w", err)
 	}
 	s := &Snapshot{Path: p.MetadataPath(), pool: p, lock: lock}
 	if err := p.Exclusive(ctx, func(c *Change) error { return s.take(c) }); err != nil {
@@ -48,6 +48,27 @@ func (p *Pool) Snapshot(ctx context.Context) (*Snapshot, error) {
 		return nil, fmt.Errorf("metadata snapshot: %w", err)
 	}
 	return s, nil
+}
+
+// waitLock is sys.WaitLock with an end. A lock that comes too late is given back.
+func waitLock(ctx context.Context, path string) (*sys.Lock, error) {
+	var lock *sys.Lock
+	got := make(chan error, 1)
+	go func() {
+		var err error
+		lock, err = sys.WaitLock(path, sys.O_RDWR|sys.O_CREAT, sys.LockExclusive)
+		got <- err
+	}()
+	select {
+	case err := <-got:
+		return lock, err
+	case <-ctx.Done():
+		go func() {
+			<-got
+			lock.Close()
+		}()
+		return nil, ctx.Err()
+	}
 }
 
 func (s *Snapshot) take(c *Change) error {
