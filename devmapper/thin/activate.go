@@ -160,10 +160,7 @@ func (c *Change) activatePool(ctx context.Context) error {
 		if err := p.sameDevices(); err != nil {
 			return err
 		}
-		if i.Suspended {
-			return p.resume(ctx, p.name)
-		}
-		return nil
+		return p.goOn()
 	}
 	if err := p.load(ctx); err != nil {
 		_ = p.ctl.Remove(p.name, false)
@@ -215,7 +212,14 @@ func (p *Pool) load(ctx context.Context) error {
 	if err := p.ctl.Load(p.name, []dm.Target{t}, false); err != nil {
 		return err
 	}
-	return p.resume(ctx, p.name)
+	return p.announced(ctx, func(c *dm.Control) error {
+		lock, err := p.growing() // in the middle of it the pool looks as if it were left suspended
+		if err != nil {
+			return err
+		}
+		defer lock.Close()
+		return c.Resume(p.name)
+	})
 }
 
 // attach opens a device, or makes a file one.
@@ -323,6 +327,9 @@ func (p *Pool) same(path string, f *sys.Fd) error {
 // it has none.
 func (c *Change) dismantle() error {
 	p := c.pool
+	if err := p.goOn(); err != nil {
+		return err
+	}
 	names, err := p.Devices()
 	if err != nil {
 		return err

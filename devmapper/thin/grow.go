@@ -1,7 +1,7 @@
 package thin
 
 import (
-	"context"
+	"errors"
 	"fmt"
 	"os"
 	"strings"
@@ -21,24 +21,6 @@ const (
 // most 512 MiB.
 func (r *record) lowWater(blocks int64) int64 { return min(blocks/4, mostLowWater/r.Block) }
 
-// watch begins to make the pool larger when it runs low.
-func (p *Pool) watch() error {
-	e, err := dm.Watch()
-	if err != nil {
-		return err
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	p.stop, p.stopped = stop, make(chan struct{})
-	go func() {
-		defer close(p.stopped)
-		defer e.Close()
-		for e.Wait(ctx) == nil { // an event of any device
-			_ = p.grow() // what cannot be done shows in the pool's status
-		}
-	}()
-	return nil
-}
-
 // Grow makes the pool larger if it runs low, or if its devices have become larger;
 // ErrResourceExhausted if it needs space and there is none. It happens by itself
 // while a Pool is open.
@@ -52,11 +34,14 @@ func (p *Pool) Grow() error {
 // grow has a lock of its own: who changes the pool may be waiting for a write, and
 // that for more space.
 func (p *Pool) grow() error {
-	lock, err := sys.WaitLock(p.path(growLock), sys.O_RDWR|sys.O_CREAT, sys.LockExclusive)
+	lock, err := p.growing()
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
+	if err := p.resumeLeft(); err != nil {
+		return err
+	}
 	s, err := p.Status()
 	if err != nil || s.Mode != ReadWrite && s.Mode != OutOfData {
 		return err
@@ -81,6 +66,11 @@ func (p *Pool) grow() error {
 		return err
 	}
 	return short
+}
+
+// growing is the lock of who exchanges the pool's table, or resumes the pool.
+func (p *Pool) growing() (*sys.Lock, error) {
+	return sys.WaitLock(p.path(growLock), sys.O_RDWR|sys.O_CREAT, sys.LockExclusive)
 }
 
 // growFiles makes the files larger that are low. short says that there is no room.
@@ -166,22 +156,41 @@ func (p *Pool) reload(s Status, data, metadata *sys.Fd, full Policy) error {
 	if err := p.ctl.Load(p.name, []dm.Target{t}, false); err != nil {
 		return err
 	}
+	return p.exchange()
+}
+
+// exchange makes the table that was loaded the pool's; if it cannot, the pool goes on with the
+// one that it has. Nothing in it waits for anybody: the name of the device does not
+// change, so udev, which hears of it, is not waited for.
+func (p *Pool) exchange() error {
 	// What is under way stays in the queue: it may be waiting for this.
-	if err := p.ctl.Suspend(p.name, dm.SuspendOptions{NoFlush: true, SkipLockFS: true}); err != nil {
-		return err
+	err := p.ctl.Suspend(p.name, dm.SuspendOptions{NoFlush: true, SkipLockFS: true})
+	if err == nil {
+		err = p.ctl.Resume(p.name)
 	}
-	return p.resume(context.Background(), p.name)
+	if err != nil {
+		err = errors.Join(err, p.ctl.Clear(p.name), p.resumeLeft())
+	}
+	return err
 }
 
 // running calls f while nobody grows the pool: the kernel opens no thin device in one
 // that is suspended for that.
 func (p *Pool) running(f func() error) error {
-	lock, err := sys.WaitLock(p.path(growLock), sys.O_RDWR|sys.O_CREAT, sys.LockShared)
-	if err != nil {
-		return err
+	for {
+		lock, err := sys.WaitLock(p.path(growLock), sys.O_RDWR|sys.O_CREAT, sys.LockShared)
+		if err != nil {
+			return err
+		}
+		if !p.suspended() {
+			defer lock.Close()
+			return f()
+		}
+		lock.Close()
+		if err := p.goOn(); err != nil {
+			return err
+		}
 	}
-	defer lock.Close()
-	return f()
 }
 
 // openBlock opens a block device by its number.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/devmapper/dm"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
 )
@@ -453,6 +454,116 @@ func TestDevicesChangedBehindOurBack(t *testing.T) {
 	r := b.open(dir, Options{})
 	b.check(b.write(v, 0, 'b', 4096))
 	b.drop(r, v)
+}
+
+// A pool that a process left suspended that died goes on as soon as anybody has to do with it, and
+// by itself where somebody has it open.
+func TestSuspendedPoolGoesOn(t *testing.T) {
+	b := newBench(t)
+	dir := b.fileSystem(128 * mib)
+	p := b.open(dir, Options{})
+	v := b.volume(p, 0)
+	p.stop()
+	p.watching.Wait() // or it might be quicker
+	suspend := func() {
+		t.Helper()
+		b.check(p.ctl.Suspend(p.Name(), dm.SuspendOptions{NoFlush: true, SkipLockFS: true}))
+	}
+	for name, next := range map[string]func() error{
+		"grow":      p.Grow,
+		"message":   func() error { return (&Change{pool: p}).CreateThin(7) },
+		"exclusive": func() error { return p.Exclusive(t.Context(), func(*Change) error { return nil }) },
+		"open": func() error {
+			q, err := Open(t.Context(), dir, Options{})
+			if err != nil {
+				return err
+			}
+			q.stop()
+			q.watching.Wait()
+			return q.Close()
+		},
+	} {
+		suspend()
+		if err := next(); err != nil || p.suspended() {
+			t.Errorf("%s: %v; suspended: %v", name, err, p.suspended())
+		}
+	}
+	b.open(dir, Options{}) // and looks after it
+	suspend()
+	for end := time.Now().Add(time.Minute); p.suspended(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("suspended, with a process that has it open")
+		}
+	}
+	b.check(b.write(v, 0, 'a', 4096))
+	b.drop(p, v)
+}
+
+// A pool that is being activated is in its middle one that is suspended and has a table: who
+// looks after it, woken by an event, must not resume it before its time, which ends with EINVAL for one of the two.
+func TestActivationIsNotTakenForAPoolThatWasLeft(t *testing.T) {
+	b := newBench(t)
+	dir := b.fileSystem(128 * mib)
+	p := b.open(dir, Options{})
+	for n := range 40 {
+		b.check(p.ctl.Remove(p.Name(), false)) // an event, of which p hears
+		q, err := Open(t.Context(), dir, Options{})
+		if err != nil {
+			t.Fatalf("%d: %v", n, err)
+		}
+		b.check(q.Close())
+	}
+}
+
+// Where udev runs, a pool grows although no semaphore is left for a cookie.
+func TestPoolGrowsWithoutACookie(t *testing.T) {
+	b := newBench(t)
+	if dm.UdevRuns() {
+		testenv.Optional(t, "udev runs here: it would miss what is done without it")
+	}
+	p := b.open(b.fileSystem(128*mib), Options{})
+	v := b.volume(p, 0)
+	p.stop()
+	p.watching.Wait() // or it might give the pool its own policy again
+	err := func() error {
+		defer b.noCookies()()
+		return b.otherPolicy(p, Error)
+	}()
+	if s := b.status(p); err != nil || p.suspended() || s.Policy != Error {
+		t.Errorf("%v; suspended: %v; %+v", err, p.suspended(), s)
+	}
+	b.check(b.write(v, 0, 'a', 4096))
+	b.drop(p, v)
+}
+
+// otherPolicy gives the pool another table.
+func (b *bench) otherPolicy(p *Pool, full Policy) error {
+	b.Helper()
+	lock, err := p.growing()
+	b.check(err)
+	defer lock.Close()
+	data, metadata, err := p.devices()
+	b.check(err)
+	defer data.Close()
+	defer metadata.Close()
+	return p.reload(b.status(p), data, metadata, full)
+}
+
+// noCookies has udev seem to run and no semaphore be left for a cookie, until again is called.
+func (b *bench) noCookies() (again func()) {
+	b.Helper()
+	const limits = "/proc/sys/kernel/sem"
+	saved, err := os.ReadFile(limits)
+	b.check(err)
+	b.check(sys.Mount("tmpfs", "/run", "tmpfs", 0, ""))
+	b.check(os.Mkdir("/run/udev", 0o755))
+	b.check(os.WriteFile("/run/udev/control", nil, 0o600))
+	b.check(os.WriteFile(limits, []byte("32000 0 500 0"), 0))
+	return func() {
+		b.Helper()
+		b.check(os.WriteFile(limits, saved, 0))
+		b.check(sys.Umount("/run", 0))
+	}
 }
 
 // An Open that died at any of its steps is begun again.

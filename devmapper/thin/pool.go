@@ -105,9 +105,9 @@ type Pool struct {
 	sick   bool // set by an Open that found the pool active and of no use
 	users  *sys.Lock
 
-	stop    context.CancelFunc
-	stopped chan struct{} // closed when the watcher has ended
-	closed  sync.Once
+	stop     context.CancelFunc
+	watching sync.WaitGroup // what stop ends
+	closed   sync.Once
 }
 
 // Open opens the pool in the directory, which exists, makes it if there is none,
@@ -321,7 +321,7 @@ func (p *Pool) Close() (err error) {
 	p.closed.Do(func() {
 		if p.stop != nil {
 			p.stop()
-			<-p.stopped
+			p.watching.Wait()
 		}
 		err = p.leave()
 		p.letGo()
@@ -366,12 +366,20 @@ func (p *Pool) Exclusive(ctx context.Context, f func(c *Change) error) error {
 		return err
 	}
 	c := &Change{p, lock.Fd()}
-	if _, err := p.ctl.Info(p.name); isGone(err) && p.opened { // removed behind our back
-		if err := c.activatePool(ctx); err != nil {
+	if p.opened {
+		if err := c.ready(ctx); err != nil {
 			return err
 		}
 	}
 	return f(c)
+}
+
+// ready has the pool there and not suspended, whatever was done behind our back.
+func (c *Change) ready(ctx context.Context) error {
+	if _, err := c.pool.ctl.Info(c.pool.name); isGone(err) {
+		return c.activatePool(ctx)
+	}
+	return c.pool.goOn()
 }
 
 var errBusy = fmt.Errorf("somebody has it open: %w", errdefs.ErrFailedPrecondition)
