@@ -69,6 +69,7 @@ func (d *driver) replace(id drivers.ID, l *record) error {
 	if err := d.write(roots.Layers, id, l); err != nil {
 		return err
 	}
+	d.kept.drop(id)
 	return d.sync(roots.New)
 }
 

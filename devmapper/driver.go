@@ -39,7 +39,10 @@ type driver struct {
 	tx    atomic.Uint64   // a transaction that the pool has reached
 	swept atomic.Int64    // when idle devices were last looked for, in Unix seconds
 	temps atomic.Uint64   // numbers the private devices of this process
-	close sync.Once
+	kept  keptUsages
+
+	alwaysCounts bool // the kernel counts what is written to a device that is told not to
+	close        sync.Once
 }
 
 var (

@@ -233,26 +233,31 @@ func (d *driver) resumeIfLeft(name string) error {
 }
 
 // tryTemplate mounts the template, attached nowhere: so the kernel shows that it has
-// the file system, whether it maps ids, and whether we may make one larger.
+// the file system, whether it maps ids, whether we may make one larger, and what it counts.
 func (d *driver) tryTemplate(ctx context.Context) error {
-	one := []drivers.IDRange{{ContainerID: 0, HostID: 100000, Size: 1}}
 	f, err := knownFS(d.template.FS)
 	if err != nil {
 		return err
 	}
 	v := d.private(d.template.Thin, d.template.sectors(), true)
-	return d.shown(ctx, v, func() error {
-		t, err := mount.Detached(ctx, []mount.Mount{f.mount(v, drivers.MountOptions{IDMap: drivers.IDMap{UIDs: one, GIDs: one}})})
-		d.caps.IDMap = err == nil
-		if err != nil {
-			t, err = mount.Detached(ctx, []mount.Mount{f.mount(v, drivers.MountOptions{})})
-		}
-		if err != nil {
-			return err
-		}
-		err = d.tryGrow(f, v, t.Path())
-		return errors.Join(err, t.Close())
+	return d.shown(ctx, v, func() (err error) {
+		d.alwaysCounts, err = d.countsUntold(v.Name, func() error { return d.tryMounts(ctx, f, v) })
+		return err
 	})
+}
+
+func (d *driver) tryMounts(ctx context.Context, f *fileSystem, v thin.Volume) error {
+	one := []drivers.IDRange{{ContainerID: 0, HostID: 100000, Size: 1}}
+	t, err := mount.Detached(ctx, []mount.Mount{f.mount(v, drivers.MountOptions{IDMap: drivers.IDMap{UIDs: one, GIDs: one}})})
+	d.caps.IDMap = err == nil
+	if err != nil {
+		t, err = mount.Detached(ctx, []mount.Mount{f.mount(v, drivers.MountOptions{})})
+	}
+	if err != nil {
+		return err
+	}
+	err = d.tryGrow(f, v, t.Path())
+	return errors.Join(err, t.Close())
 }
 
 // tryGrow asks for what a read-only mount is refused: EPERM comes before that.

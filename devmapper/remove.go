@@ -30,6 +30,7 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 	if err := d.releaseAll(ctx, id); err != nil {
 		return err
 	}
+	d.kept.drop(id)
 	err := d.move(id, roots.Layers, roots.Deleted)
 	if err != nil && !errors.Is(err, syscall.ENOENT) {
 		return err

@@ -29,7 +29,7 @@ func (d *driver) usage(ctx context.Context, r drivers.Ref) (drivers.Usage, error
 	case l.Shared:
 		return drivers.Usage{Inodes: -1}, nil
 	}
-	return d.measure(ctx, r, l.fs, l.Thin)
+	return d.usageOfActive(r, l, func() (drivers.Usage, error) { return d.measure(ctx, r, l.fs, l.Thin) })
 }
 
 // measure counts the blocks of a thin device that its parent's has not.
