@@ -42,6 +42,9 @@ func (d *driver) commit(ctx context.Context, r drivers.Ref, o drivers.CommitOpti
 	if err := drivers.Step(ctx, "devmapper: commit: checked"); err != nil {
 		return none, err
 	}
+	if err := d.activate(ctx, r.ID, v); err != nil { // young, or it may be taken for idle
+		return none, err
+	}
 	err = d.settle(ctx, l.fs, v, o.Volatile)
 	if errors.Is(err, errInUse) {
 		return d.commitOpen(ctx, r, l, v, o)
@@ -206,10 +209,10 @@ func (d *driver) snapshotOf(ctx context.Context, id drivers.ID, l *record) (t te
 	suspended := false
 	if i, err := d.pool.Info(name); err == nil && i.ActiveTable {
 		// Outside the pool's lock: it waits for what is being written.
-		if err := d.pool.Suspend(name); err != nil {
+		err := d.pool.Suspend(name)
+		if suspended = err == nil; !suspended && !errdefs.IsNotFound(err) { // somebody found it idle
 			return t, err
 		}
-		suspended = true
 	}
 	defer func() {
 		if !suspended {

@@ -37,7 +37,8 @@
 //
 //   - Open counts are of the whole machine: a layer is in use whoever has it mounted.
 //   - Close takes away the devices that nobody has open, unless another process has
-//     the driver open: what Mounts said before is to be asked for again.
+//     the driver open: what Mounts said before is to be asked for again. So it is ten
+//     minutes after Mounts said it: DropIdle takes the device away.
 //   - A layer that is mounted for writing cannot be mounted read-only beside it (one
 //     block device, one superblock); Diff looks at a snapshot.
 //   - Data that a file system could not write, because the pool was full, is lost

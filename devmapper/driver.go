@@ -50,6 +50,7 @@ var (
 	_ drivers.Differ   = (*driver)(nil)
 	_ drivers.Applier  = (*driver)(nil)
 	_ drivers.Examiner = (*driver)(nil)
+	_ drivers.Idler    = (*driver)(nil)
 )
 
 func (d *driver) Capabilities() drivers.Capabilities { return d.caps }
@@ -106,7 +107,7 @@ func (d *driver) apply(ctx context.Context, r drivers.Ref, tar io.Reader, o laye
 		return fmt.Errorf("is %s, not writable: %w", l.Kind, errdefs.ErrFailedPrecondition)
 	}
 	v := d.volume(r.ID, l)
-	if err := d.pool.Activate(ctx, v); err != nil {
+	if err := d.activate(ctx, r.ID, v); err != nil {
 		return err
 	}
 	if err := d.unsuspend(ctx, r.ID, v.Name); err != nil { // or mount(2) waits for ever

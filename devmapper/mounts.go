@@ -75,33 +75,47 @@ func (d *driver) activate(ctx context.Context, id drivers.ID, v thin.Volume) err
 	})
 }
 
-// dropIdle takes away devices that nobody uses, now and then.
+// dropIdle is DropIdle, now and then.
 func (d *driver) dropIdle(ctx context.Context) {
 	now, last := time.Now().Unix(), d.swept.Load()
 	if now-last < int64(keepEvery/time.Second) || !d.swept.CompareAndSwap(last, now) || last == 0 {
 		return
 	}
-	_ = d.pool.Exclusive(ctx, func(c *thin.Change) error { // the next one sees what this cannot
+	_ = d.DropIdle(ctx) // the next one sees what this cannot
+}
+
+// DropIdle implements drivers.Idler: a device goes that nobody has open and that no Mounts
+// has named of late.
+func (d *driver) DropIdle(ctx context.Context) error {
+	err := d.pool.Exclusive(ctx, func(c *thin.Change) error {
 		names, err := d.pool.Devices()
 		if err != nil {
 			return err
 		}
 		for _, name := range names {
-			id, ok := d.layerOf(name)
-			if !ok {
-				continue
+			if d.isIdle(name) {
+				_ = c.Deactivate(name) // the kernel refuses one that is open
 			}
-			st, err := sys.LstatPath(d.root + "/" + roots.Layers + "/" + id.String())
-			if err == nil && time.Since(time.Unix(st.Mtime.Sec, 0)) < idleAfter {
-				continue
-			}
-			if i, err := d.pool.Info(name); err != nil || i.Suspended { // a Commit or Diff is at work with it
-				continue
-			}
-			_ = c.Deactivate(name)
 		}
 		return nil
 	})
+	if err != nil {
+		err = fmt.Errorf("devmapper: idle devices: %w", err)
+	}
+	return err
+}
+
+func (d *driver) isIdle(name string) bool {
+	id, ok := d.layerOf(name)
+	if !ok {
+		return false
+	}
+	st, err := sys.LstatPath(d.root + "/" + roots.Layers + "/" + id.String())
+	if err == nil && time.Since(time.Unix(st.Mtime.Sec, 0)) < idleAfter {
+		return false
+	}
+	i, err := d.pool.Info(name)
+	return err == nil && !i.Suspended && i.Open == 0 // suspended: a Commit or Diff is at work with it
 }
 
 // lockLayer excludes others that suspend the layer's device, whichever process they

@@ -114,6 +114,14 @@ type Settler interface {
 	WaitFreed(ctx context.Context) error
 }
 
+// Idler is a driver that keeps something in the kernel for a layer that Mounts was asked
+// for, which may never have been mounted, or is no longer.
+type Idler interface {
+	// DropIdle takes that away where nobody uses it and no Mounts has named the layer for
+	// a while. What cannot go now goes another time.
+	DropIdle(ctx context.Context) error
+}
+
 // UseTeller is a driver that can tell without removing it that a layer is in use.
 type UseTeller interface {
 	// InUse wraps ErrFailedPrecondition and says where, if the layer is mounted or

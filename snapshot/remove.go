@@ -132,8 +132,8 @@ func (v *View) Cleanup(ctx context.Context) error {
 	return err
 }
 
-// GC removes the bytes of removed snapshots, of every view, several at a time.
-// A layer that is in use stays for the next time and is in the report.
+// GC removes the bytes of removed snapshots, of every view, several at a time, and has the
+// drivers that are open take away what they keep ready for nobody (see DropIdle). A layer that is in use stays for the next time and is in the report.
 func (s *Store) GC(ctx context.Context) (GCReport, error) {
 	if s.o.ReadOnly {
 		return GCReport{}, fmt.Errorf("snapshot: gc: %w", errReadOnly)
@@ -146,6 +146,7 @@ func (s *Store) GC(ctx context.Context) (GCReport, error) {
 	}
 	g := &collector{s: s, left: map[drivers.ID]Busy{}}
 	err := g.run(ctx)
+	_ = dropIdle(ctx, s.openDrivers()) // it is no debt, and the next time does it
 	if g.report.Layers > 0 {
 		s.db.refill(ctx)
 	}

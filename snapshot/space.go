@@ -38,6 +38,31 @@ func (s *Store) eachSettler(ctx context.Context, op string, do func(drivers.Sett
 	return nil
 }
 
+// DropIdle has every driver of the store take away what it keeps in the kernel for layers that
+// nobody uses and that were not asked for of late: Mounts makes it ready again. GC does that for
+// drivers that are open.
+func (s *Store) DropIdle(ctx context.Context) error {
+	in, err := s.driversInUse(ctx)
+	if err == nil {
+		err = dropIdle(ctx, in)
+	}
+	if err != nil {
+		return fmt.Errorf("snapshot: drop what is idle: %w", err)
+	}
+	return nil
+}
+
+func dropIdle(ctx context.Context, in map[string]drivers.Driver) error {
+	for _, name := range slices.Sorted(maps.Keys(in)) {
+		if d, ok := in[name].(drivers.Idler); ok {
+			if err := d.DropIdle(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 // EnableQuota switches the accounting on that a driver's quota needs, for the whole
 // file system that the store is on; "" is every driver here that needs one. It
 // holds for stores that are opened from then on.

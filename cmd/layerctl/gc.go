@@ -15,7 +15,8 @@ func (a *app) gcCommand() *cobra.Command {
 	c := inNamespaces(nsDrop, &cobra.Command{
 		Use: "gc", Short: "Free what nothing needs any more", Args: cobra.NoArgs,
 		Long: `Remove the bytes of snapshots that were removed while they were in use, leftovers
-of interrupted work, and blobs that no image needs. btrfs frees the space of removed
+of interrupted work, blobs that no image needs, and block devices of layers that
+nobody has had mounted for ten minutes. btrfs frees the space of removed
 snapshots in the background; --wait returns when it is free, not before the last file
 that is open in one is closed, and drops the qgroups that deleted subvolumes left.`,
 		RunE: func(cmd *cobra.Command, _ []string) error { return verbError(a.gc(cmd.Context(), wait), "gc") },
@@ -53,6 +54,9 @@ func (a *app) gc(ctx context.Context, wait bool) error {
 	}
 	g, err := v.Store().GC(ctx)
 	if err != nil {
+		return err
+	}
+	if err := v.Store().DropIdle(ctx); err != nil {
 		return err
 	}
 	r.Layers, r.Bytes = g.Layers, g.Bytes
