@@ -80,3 +80,43 @@ func TestManyNodesAreBoundedAndForgotten(t *testing.T) {
 	}
 	t.Logf("descriptors: %d, %d; KiB: %d, %d, %d", idle, m.descriptors(), before, full, m.resident())
 }
+
+// Files that lose all names that the server knows of and have others kept a
+// descriptor each for as long as the kernel remembered them.
+func TestDescriptorsOfHardLinksAreBounded(t *testing.T) {
+	dir := dirs(t, "tmpfs")
+	const many, links, known, kept = 1300, 12, 9, 1024
+	path := func(link, file int) string { return fmt.Sprintf("d%02d/%d", link, file) }
+	for l := range links {
+		must(t, os.Mkdir(filepath.Join(dir, "u", fmt.Sprintf("d%02d", l)), 0o755))
+		for i := range many {
+			if l == 0 {
+				must(t, os.WriteFile(filepath.Join(dir, "u", path(l, i)), []byte(fmt.Sprint(i)), 0o644))
+			} else {
+				must(t, os.Link(filepath.Join(dir, "u", path(0, i)), filepath.Join(dir, "u", path(l, i))))
+			}
+		}
+	}
+	m := serve(t, setup{Dir: dir, Options: policyA})
+	before := m.descriptors()
+	var st unix.Stat_t
+	for l := range links {
+		for i := range many {
+			must(t, unix.Stat(m.path(path(l, i)), &st))
+		}
+	}
+	for l := range known {
+		must(t, os.RemoveAll(m.path(fmt.Sprintf("d%02d", l))))
+	}
+	if n := m.descriptors(); n > before+kept+100 {
+		t.Errorf("%d descriptors, %d before", n, before)
+	}
+	for i := range many {
+		p := m.path(path(known, i))
+		must(t, unix.Stat(p, &st))
+		if b, err := os.ReadFile(p); err != nil || string(b) != fmt.Sprint(i) || st.Nlink != links-known {
+			t.Fatalf("%s: %q, %v, %d links", p, b, err, st.Nlink)
+		}
+		must(t, os.Link(m.path(path(known+1, i)), m.path(fmt.Sprint("again", i))))
+	}
+}

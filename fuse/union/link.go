@@ -30,7 +30,7 @@ func (fs *FS) linkTo(n *Node, dir int, name string) error {
 	defer n.change.Unlock()
 	var p place
 	if err := fs.locate(n, &p); err != nil {
-		if err == syscall.ESTALE {
+		if err == syscall.ESTALE && n.has(isDead) {
 			err = syscall.ENOENT
 		}
 		return err

@@ -224,8 +224,10 @@ func (fs *FS) losing(dir *Node, name string, v *victim) (undo func(), err error)
 	}, nil
 }
 
-// maxSpare is how many files without a name and without an open may be kept for
-// who has found them already and opens them next. The kernel forgets them soon.
+// maxSpare is how many files without a known name and without an open may be kept for
+// who has found them already and opens them next. Of what is gone the kernel forgets
+// them soon; of what has other names it does not, and whoever asks for one more is told
+// ESTALE, for which the kernel looks up the name that it has.
 const maxSpare = 1024
 
 // keepOpen opens a file in the upper that is about to lose the name that it is
@@ -239,7 +241,7 @@ func (fs *FS) keepOpen(n, dir *Node, name string, last bool) error {
 	if have || !known || others && !last {
 		return nil
 	}
-	spare := last && n.opens.Load() == 0
+	spare := n.opens.Load() == 0
 	if spare && fs.spares.Load() >= maxSpare {
 		return nil
 	}
