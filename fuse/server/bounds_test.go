@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -9,6 +10,7 @@ import (
 	"strconv"
 	"testing"
 
+	"github.com/layerctl/layerctl/fuse/server"
 	"github.com/layerctl/layerctl/fuse/union"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"golang.org/x/sys/unix"
@@ -118,5 +120,25 @@ func TestDescriptorsOfHardLinksAreBounded(t *testing.T) {
 			t.Fatalf("%s: %q, %v, %d links", p, b, err, st.Nlink)
 		}
 		must(t, os.Link(m.path(path(known+1, i)), m.path(fmt.Sprint("again", i))))
+	}
+}
+
+// A cache above that writes what it has collected is told when there is no room for a
+// part of it: it takes a short write for a whole one, and fsync(2) said that all was well.
+func TestWritebackOnAFullUpper(t *testing.T) {
+	dir := testenv.FS(t, "tmpfs", testenv.Size(2<<20))
+	for _, d := range []string{"l", "u", "w", "m"} {
+		must(t, os.Mkdir(filepath.Join(dir, d), 0o755))
+	}
+	must(t, os.WriteFile(filepath.Join(dir, "fill"), make([]byte, 1700<<10), 0o644))
+	m := serve(t, setup{Dir: dir, Options: server.Options{Writeback: true}})
+	f, err := os.Create(m.path("f"))
+	must(t, err)
+	defer f.Close()
+	if _, err := f.Write(make([]byte, 900<<10)); err != nil {
+		t.Fatalf("the cache does not take it: %v", err)
+	}
+	if err := f.Sync(); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("fsync: %v", err)
 	}
 }

@@ -226,14 +226,19 @@ func (f *File) WriteAt(p []byte, off int64, killPriv bool) (int, error) {
 			return 0, err
 		}
 	}
-	done := 0
+	n, err := o.write(p, off)
+	if n > 0 {
+		return n, nil // if it is a short write, the next one says why
+	}
+	return 0, err
+}
+
+// write writes p, all of it if there is no error.
+func (o *openFd) write(p []byte, off int64) (done int, err error) {
 	for done < len(p) {
 		n, err := sys.PwriteBare(o.fd, p[done:], off+int64(done))
 		if err != nil {
-			if done > 0 {
-				return done, nil // a short write; the next one says why
-			}
-			return 0, err
+			return done, err
 		}
 		done += n
 	}
@@ -242,7 +247,9 @@ func (f *File) WriteAt(p []byte, off int64, killPriv bool) (int, error) {
 
 // WriteBack writes what a cache above collected (FUSE's writeback cache), which
 // keeps the file's mtime, too, and sends that by itself: the one on disk stays, else
-// the write would bring a later one.
+// the write would bring a later one. A part that could not be written is an error: the
+// cache asks for nothing twice, and takes a short write for a whole one
+// (fs/fuse/file.c: fuse_writepage_end).
 func (f *File) WriteBack(p []byte, off int64) (int, error) {
 	o, err := f.writeFd()
 	if err != nil {
@@ -252,13 +259,16 @@ func (f *File) WriteBack(p []byte, off int64) (int, error) {
 	if err := sys.StatBare(o.fd, "", &st); err != nil {
 		return 0, err
 	}
-	n, err := f.WriteAt(p, off, false)
+	n, err := o.write(p, off)
 	if n > 0 {
 		if err := sys.UtimesBare(o.fd, "", sys.TimeOmit, st.Mtime); err != nil {
 			return 0, err
 		}
 	}
-	return n, err
+	if err != nil {
+		return 0, err
+	}
+	return n, nil
 }
 
 // writeFd is the upper's descriptor, of a file that was opened for writing.
