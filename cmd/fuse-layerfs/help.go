@@ -21,7 +21,7 @@ Layers
   nfs_export=0|1      file handles that last (0)
   userxattr           user.overlay.* instead of trusted.overlay.*
   volatile, fsync=0   flush nothing; a crash may lose the upper
-  aufs_whiteouts=0|1  honour .wh. files in lowers (1)
+  aufs_whiteouts=0|1  honour .wh. files (1)
 
 Owners and permissions
   uidmapping=H:S:N[:...], gidmapping=   ids H.. of the layers are shown as S..

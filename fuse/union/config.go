@@ -17,8 +17,8 @@ type Config struct {
 	Xattrs    XattrMode
 	ReadOnly  bool // with an Upper that is shown but not written
 
-	// AUFSWhiteouts honours .wh.NAME and .wh..wh..opq in lowers, as OCI layers
-	// and fuse-overlayfs have them.
+	// AUFSWhiteouts honours .wh.NAME and .wh..wh..opq, as OCI layers and
+	// fuse-overlayfs have them. Where nothing else can be written, it is always on.
 	AUFSWhiteouts bool
 
 	// IDMap maps ids as the layers store them to ids as they are shown

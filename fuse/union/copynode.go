@@ -176,6 +176,9 @@ func (fs *FS) raised(parent, n *Node, r *copyRequest, st *sys.Stat) (parted bool
 	} else {
 		n.clear(isMetacopy)
 	}
+	if n.isDir() {
+		n.dir.beside.Store(&nothingBeside)
+	}
 	if parted {
 		n.ino.Store(fs.ino(0, st.Ino))
 	}

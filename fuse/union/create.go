@@ -175,14 +175,11 @@ func (m *maker) make() error {
 	}
 	if below {
 		// Only a whiteout in the upper lets a new thing be here.
-		covered, err := m.covered()
-		if err != nil {
-			return err
+		how, err := m.covered()
+		if err != nil || how == notCovered {
+			return orExist(err)
 		}
-		if !covered {
-			return syscall.EEXIST
-		}
-		return m.overWhiteout()
+		return m.overWhiteout(how)
 	}
 	mode := m.mode()
 	if (mode&m.fs.umask != 0 || m.fs.stores()) && m.o.link == nil {
@@ -194,10 +191,11 @@ func (m *maker) make() error {
 	case nil:
 		return m.finish()
 	case syscall.EEXIST:
-		if covered, err := m.covered(); err != nil || !covered {
+		how, err := m.covered()
+		if err != nil || how != coveredThere {
 			return orExist(err)
 		}
-		return m.overWhiteout()
+		return m.overWhiteout(how)
 	case syscall.EACCES, syscall.EPERM:
 		return m.throughWork()
 	}
@@ -211,16 +209,29 @@ func orExist(err error) error {
 	return syscall.EEXIST
 }
 
-// covered tells whether a whiteout is at the name.
-func (m *maker) covered() (bool, error) {
+// cover is how a name is covered in the upper.
+type cover int
+
+const (
+	notCovered    cover = iota
+	coveredThere        // a whiteout is at the name
+	coveredBeside       // a file .wh.NAME is beside
+)
+
+// covered tells whether a whiteout covers the name.
+func (m *maker) covered() (cover, error) {
 	var st sys.Stat
-	if err := sys.StatBare(m.up, m.name, &st); err != nil {
-		if err == syscall.ENOENT {
-			return false, nil
-		}
-		return false, err
+	switch err := sys.StatBare(m.up, m.name, &st); {
+	case err == syscall.ENOENT && m.fs.hiddenBeside(m.dir, m.up, m.name):
+		return coveredBeside, nil
+	case err == syscall.ENOENT:
+		return notCovered, nil
+	case err != nil:
+		return notCovered, err
+	case m.fs.whiteoutInUpper(m.dir, m.up, m.name, &st):
+		return coveredThere, nil
 	}
-	return st.IsWhiteout(), nil
+	return notCovered, nil
 }
 
 // finish does what may come after the object is there.
@@ -475,14 +486,18 @@ func (m *maker) throughWork() error {
 }
 
 // overWhiteout makes the object in work and puts it in a whiteout's place.
-func (m *maker) overWhiteout() error {
+func (m *maker) overWhiteout(how cover) error {
 	temp, err := m.inWork()
 	if err != nil {
 		return err
 	}
 	u := m.fs.upper
 	if err = m.fs.step("union: create: made in work"); err == nil {
-		err = u.overWhiteout(temp, m.up, m.name, m.isDir())
+		if how == coveredBeside {
+			err = u.overBeside(temp, m.up, m.name, m.isDir())
+		} else {
+			err = u.overWhiteout(temp, m.up, m.name, m.isDir())
+		}
 	}
 	if err != nil {
 		m.drop()

@@ -112,6 +112,9 @@ func (fs *FS) openLayers(ctx context.Context) (err error) {
 			return err
 		}
 		fs.names = fs.upper.xattrs
+		if fs.upper.can.whiteouts == whiteoutFile { // what is written is read
+			c.AUFSWhiteouts = true
+		}
 		if err := fs.addLayer(c.Upper, true, false); err != nil {
 			return err
 		}
@@ -215,6 +218,9 @@ func (fs *FS) openRoot() error {
 			n.set(inUpper | ownGuards(&st))
 			if facts.impure {
 				n.set(isImpure)
+			}
+			if facts.xwhiteouts {
+				n.set(xWhiteouts)
 			}
 			continue
 		}

@@ -134,6 +134,9 @@ func (fs *FS) newNode(dir *Node, name string, f *found) *Node {
 		if f.opaque {
 			flags |= isOpaque
 		}
+		if f.xwhites {
+			flags |= xWhiteouts
+		}
 	} else if f.hasLow {
 		n.lowIno, n.lowFS = f.lowSt.Ino, f.lowFS
 		n.low = f.low

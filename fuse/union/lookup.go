@@ -13,8 +13,10 @@ type found struct {
 	st       sys.Stat // of what is shown
 	upper    bool     // there is something in the upper
 	covered  bool     // nothing is: a whiteout in the upper
+	beside   bool     // which is a file .wh.NAME: nothing is at the name itself
 	impure   bool     // of an upper directory
 	opaque   bool
+	xwhites  bool // files in it that have xattr whiteout are whiteouts
 	metacopy bool // the upper's file, or the first lower's, has no data
 	meta     metacopy
 	redirect string // of what is in the upper
@@ -111,6 +113,9 @@ func (fs *FS) lookup(dir *Node, name string, from int, mine bool) (Entry, error)
 // directory; name is one component.
 func (fs *FS) find(dir *Node, name string, f *found, from int) error {
 	d := lowerSearch{fs: fs, name: name}
+	if fs.aufsName(name) {
+		return syscall.ENOENT
+	}
 	if from < 0 && dir.has(inUpper) {
 		stop, err := fs.findUpper(dir, name, f, &d)
 		if err != nil {
@@ -188,10 +193,12 @@ func (fs *FS) findUpper(dir *Node, name string, f *found, d *lowerSearch) (stop 
 	err = sys.StatBare(up.fd, name, &f.st)
 	switch {
 	case err == syscall.ENOENT || err == syscall.ENAMETOOLONG:
-		return false, nil
+		f.beside = fs.hiddenBeside(dir, up.fd, name)
+		f.covered = f.beside
+		return f.covered, nil
 	case err != nil:
 		return false, err
-	case f.st.IsWhiteout():
+	case fs.whiteoutInUpper(dir, up.fd, name, &f.st):
 		f.covered = true
 		return true, nil
 	}
@@ -202,7 +209,7 @@ func (fs *FS) findUpper(dir *Node, name string, f *found, d *lowerSearch) (stop 
 	if !f.st.IsDir() && !fs.mayHaveFacts(dir, &f.st) {
 		return true, nil
 	}
-	return fs.upperFacts(up.fd, name, f, d)
+	return fs.upperFacts(dir, up.fd, name, f, d)
 }
 
 // mayHaveFacts tells whether something in the upper that is not a directory may
@@ -219,19 +226,18 @@ func (fs *FS) lacksData(st *sys.Stat) bool {
 	return st.IsReg() && (fs.config.Metacopy || st.Blocks*512 < st.Size)
 }
 
-func (fs *FS) upperFacts(up int, name string, f *found, d *lowerSearch) (stop bool, err error) {
+func (fs *FS) upperFacts(dir *Node, up int, name string, f *found, d *lowerSearch) (stop bool, err error) {
 	var facts facts
 	if err := fs.readFacts(up, name, &facts); err != nil {
 		return false, err
 	}
-	if facts.whiteout && fs.isXWhiteout(&f.st, false) {
-		f.upper, f.covered = false, true
-		return true, nil
-	}
 	if f.st.IsDir() {
-		f.impure, f.opaque, f.redirect = facts.impure, facts.opaque, facts.redirect
+		f.impure, f.opaque, f.redirect, f.xwhites = facts.impure, facts.opaque, facts.redirect, facts.xwhiteouts
+		if !f.opaque && dir != nil && (len(dir.dir.lowers) > 0 || f.redirect != "") {
+			f.opaque = fs.aufsOpaque(up, name)
+		}
 		d.isDir = true
-		if facts.opaque {
+		if f.opaque {
 			return true, nil
 		}
 		return false, d.redirect(facts.redirect)
@@ -274,9 +280,8 @@ func (fs *FS) readFacts(dir int, name string, f *facts) error {
 	return err
 }
 
-func (fs *FS) isXWhiteout(st *sys.Stat, inXDir bool) bool {
-	return inXDir && st.IsReg() && st.Size == 0
-}
+// isXWhiteout tells whether a file may be a whiteout by its xattr.
+func isXWhiteout(st *sys.Stat, inXDir bool) bool { return inXDir && st.IsReg() && st.Size == 0 }
 
 // lowerSearch is a look into the lowers, one after the other.
 type lowerSearch struct {
@@ -439,7 +444,7 @@ func (d *lowerSearch) file(base *realDir, fd int, name string, st *sys.Stat, f *
 			return err
 		}
 	}
-	if facts.whiteout && d.fs.isXWhiteout(st, base.xwhiteouts) {
+	if facts.whiteout && isXWhiteout(st, base.xwhiteouts) {
 		d.stop = true
 		return nil
 	}
@@ -587,7 +592,7 @@ func (fs *FS) realHas(r *realDir, name string, last bool) (found, hidden bool, e
 		return false, false, err
 	case st.IsWhiteout() || fs.aufsName(name):
 		return false, true, nil
-	case fs.isXWhiteout(&st, r.xwhiteouts):
+	case isXWhiteout(&st, r.xwhiteouts):
 		var facts facts
 		err = fs.readFacts(d.fd, name, &facts)
 		return !facts.whiteout, facts.whiteout, err

@@ -182,7 +182,7 @@ func (fs *FS) indexOne(ix *lowerIndex, at int, r *realDir, dir int) error {
 			}
 			return nil
 		}
-		hidden, err := fs.hidden(r, fd, e)
+		hidden, err := fs.hidden(r.layer, r.xwhiteouts, fd, e)
 		if err != nil {
 			return err
 		}
@@ -269,13 +269,17 @@ func (fs *FS) mergedList(n *Node) (*names, error) {
 
 // listUpper adds the upper's names to l, and to seen those that a lower has too.
 func (fs *FS) listUpper(n *Node, ix *lowerIndex, l *names, seen map[string]struct{}, up int) error {
-	impure := n.has(isImpure)
+	impure, xwhites := n.has(isImpure), fs.hasXWhiteouts(n)
 	return fs.eachName(up, func(fd int, e *sys.BareDirent) error {
+		if fs.config.AUFSWhiteouts && hasPrefix(e.Name, aufsPrefix) {
+			seen[string(e.Name[len(aufsPrefix):])] = struct{}{}
+			return nil
+		}
 		below := ix.get(string(e.Name))
 		if below != nil {
 			seen[string(e.Name)] = struct{}{}
 		}
-		hidden, err := fs.hidden(nil, fd, e)
+		hidden, err := fs.hidden(fs.layers[0], xwhites, fd, e)
 		if hidden || err != nil {
 			return err
 		}

@@ -51,12 +51,13 @@ const (
 	noName                         // in the upper, and no name of it is known, only a descriptor
 	lowLinked                      // the lower file has several links
 	isOpaque                       // upper directory that hides what is below
-	isSpare                        // lost its name while nobody had it open, and is counted in FS.spares
+	isSpare                        // lost its known name while nobody had it open, and is counted in FS.spares
 	isIndexed                      // in the upper, and reached by its entry in index
 	guardsKnown                    // the two that follow are
 	isImmutable
 	isAppend
-	byHandle // came back by its number, and is found by that alone: no parent, no name
+	xWhiteouts // upper directory in which files with xattr whiteout are whiteouts
+	byHandle   // came back by its number, and is found by that alone: no parent, no name
 )
 
 // Values of Node.key.
@@ -74,8 +75,9 @@ type dirState struct {
 	changed atomic.Uint32 // counts changes of its names in the upper
 	looks   atomic.Uint32 // counts looks into the lowers
 	index   atomic.Pointer[lowerIndex]
-	busy    bool          // names are being taken away; under FS.table
-	acl     atomic.Uint32 // a default ACL in the upper: one of the acl constants
+	busy    bool                                // names are being taken away; under FS.table
+	acl     atomic.Uint32                       // a default ACL in the upper: one of the acl constants
+	beside  atomic.Pointer[map[string]struct{}] // what files .wh.NAME in the upper hide; nil: not looked
 
 	mu       sync.Mutex
 	redirect string // in the upper, as on disk

@@ -344,8 +344,14 @@ func (fs *FS) plainList(n *Node) (*names, error) {
 	}
 	defer fs.dirs.done(dir)
 	l := &names{}
+	layer, xwhites := fs.layers[0], false
+	if real != nil {
+		layer, xwhites = real.layer, real.xwhiteouts
+	} else {
+		xwhites = fs.hasXWhiteouts(n)
+	}
 	return l, fs.eachName(dir.fd, func(fd int, e *sys.BareDirent) error {
-		hidden, err := fs.hidden(real, fd, e)
+		hidden, err := fs.hidden(layer, xwhites, fd, e)
 		if hidden || err != nil {
 			return err
 		}
@@ -362,16 +368,11 @@ func (fs *FS) plainList(n *Node) (*names, error) {
 	})
 }
 
-// hidden tells whether an entry of a real directory (nil: of the upper) is a
-// whiteout or a marker.
-func (fs *FS) hidden(r *realDir, fd int, e *sys.BareDirent) (bool, error) {
+// hidden tells whether an entry of a directory in layer l is a whiteout or a marker;
+// xwhites: files in it that have xattr whiteout are whiteouts.
+func (fs *FS) hidden(l *layer, xwhites bool, fd int, e *sys.BareDirent) (bool, error) {
 	check := e.Type == sys.S_IFCHR || e.Type == 0
-	l := fs.layers[0]
-	if r != nil {
-		l = r.layer
-	}
-	check = check || l.stored != "" && e.Type == sys.S_IFREG // which may stand for something else
-	if r != nil && r.xwhiteouts && e.Type == sys.S_IFREG {
+	if e.Type == sys.S_IFREG && (l.stored != "" || xwhites) { // which may stand for something else
 		check = true
 	}
 	if fs.config.AUFSWhiteouts && hasPrefix(e.Name, aufsPrefix) {
@@ -393,7 +394,7 @@ func (fs *FS) hidden(r *realDir, fd int, e *sys.BareDirent) (bool, error) {
 	}
 	_ = l.show(fd, name, &st) // what is not valid is listed as it is
 	e.Type = st.Type()
-	if r != nil && fs.isXWhiteout(&st, r.xwhiteouts) {
+	if isXWhiteout(&st, xwhites) {
 		var facts facts
 		if err := fs.readFacts(fd, name, &facts); err != nil {
 			return false, err

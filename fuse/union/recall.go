@@ -287,7 +287,7 @@ func (fs *FS) foundInUpper(fd int, f *found) error {
 		return syscall.ESTALE
 	}
 	f.upper = true
-	if _, err := fs.upperFacts(fd, "", f, &lowerSearch{fs: fs, name: "."}); err != nil {
+	if _, err := fs.upperFacts(nil, fd, "", f, &lowerSearch{fs: fs, name: "."}); err != nil {
 		return err
 	}
 	if !f.upper || f.indexed != "" || f.metacopy { // a whiteout; or another number is its own

@@ -4,6 +4,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -129,7 +130,7 @@ func (m *move) look() error {
 	}
 	err := m.fs.findVictim(m.newdir, m.newname, &m.dst)
 	if err == syscall.ENOENT && !m.exchange {
-		m.covered = m.dst.f.covered
+		m.covered = m.dst.f.covered && !m.dst.f.beside
 		if err := m.notInItself(); err != nil {
 			return err
 		}
@@ -485,6 +486,12 @@ func (m *move) rename() error {
 	isDir := m.src.f.st.IsDir()
 	switch {
 	case m.src.below && m.covered:
+		if !m.dst.f.st.IsWhiteout() {
+			if err := u.allowXWhiteouts(m.oldup); err != nil {
+				return err
+			}
+			m.olddir.set(xWhiteouts)
+		}
 		return sys.RenameBare(m.oldup, m.oldname, m.newup, m.newname, sys.RENAME_EXCHANGE)
 	case m.src.below:
 		return u.renameCovered(m.oldup, m.oldname, m.newup, m.newname)
@@ -577,10 +584,10 @@ func lockNodes(a, b *Node) (unlock func()) {
 // at the old name.
 func (u *upper) renameCovered(olddir int, oldname string, newdir int, newname string) error {
 	err := sys.RenameBare(olddir, oldname, newdir, newname, sys.RENAME_WHITEOUT)
-	if err != syscall.EINVAL {
+	if err != syscall.EINVAL && !(err == syscall.EPERM && u.can.renameWhiteout == kprobe.No) {
 		return err
 	}
-	// The file system has no RENAME_WHITEOUT. Until the whiteout is there both
+	// The file system has no RENAME_WHITEOUT, or the process may not (before Linux 5.8). Until the whiteout is there both
 	// names show the file: a crash in between leaves it so, and loses nothing.
 	if err := sys.RenameBare(olddir, oldname, newdir, newname, 0); err != nil {
 		return err

@@ -295,13 +295,6 @@ func (u *upper) overWhiteout(temp string, dir int, name string, isDir bool) erro
 	if err := u.step("over whiteout: made"); err != nil {
 		return err
 	}
-	if u.can.whiteouts == whiteoutFile {
-		if err := u.moveNew(temp, dir, name); err != nil {
-			return err
-		}
-		_ = u.step("over whiteout: in place")
-		return sys.UnlinkBare(dir, whiteoutPrefix+name, 0)
-	}
 	if !isDir {
 		return sys.RenameBare(u.work.Int(), temp, dir, name, 0)
 	}
@@ -310,6 +303,26 @@ func (u *upper) overWhiteout(temp string, dir int, name string, isDir bool) erro
 	}
 	_ = u.step("over whiteout: in place")
 	u.discard(temp) // the whiteout is there now
+	return nil
+}
+
+// overBeside does the same where the whiteout is a file .wh.NAME.
+func (u *upper) overBeside(temp string, dir int, name string, isDir bool) error {
+	if isDir {
+		if err := u.makeOpaqueAt(u.work.Int(), temp); err != nil {
+			return err
+		}
+	}
+	if err := u.step("over whiteout: made"); err != nil {
+		return err
+	}
+	if err := u.moveNew(temp, dir, name); err != nil {
+		return err
+	}
+	_ = u.step("over whiteout: in place")
+	if err := sys.UnlinkBare(dir, whiteoutPrefix+name, 0); err != nil && err != syscall.ENOENT {
+		u.log("%s%s: %v", whiteoutPrefix, name, err) // it hides nothing any more
+	}
 	return nil
 }
 
@@ -334,4 +347,64 @@ func (u *upper) makeOpaqueAt(dir int, name string) error {
 		return nil
 	}
 	return err
+}
+
+// hasXWhiteouts tells whether files in dir, in the upper, that have xattr whiteout are
+// whiteouts. The kernel reads such whiteouts in lowers alone: it writes none.
+func (fs *FS) hasXWhiteouts(dir *Node) bool {
+	return dir.has(xWhiteouts) || fs.upper.can.whiteouts == whiteoutXattr
+}
+
+// whiteoutInUpper tells whether what is at name below up, which is dir in the upper,
+// is a whiteout.
+func (fs *FS) whiteoutInUpper(dir *Node, up int, name string, st *sys.Stat) bool {
+	if st.IsWhiteout() {
+		return true
+	}
+	if !isXWhiteout(st, fs.hasXWhiteouts(dir)) {
+		return false
+	}
+	_, err := sys.GetxattrBare(up, name, fs.names.whiteout, nil)
+	return err == nil
+}
+
+// nothingBeside is dirState.beside of a directory that this FS has made.
+var nothingBeside map[string]struct{}
+
+// hiddenBeside tells whether a file .wh.NAME in the upper hides name: fuse-overlayfs
+// writes them where it may not make devices. An upper has them from before, and they
+// are looked for once, or it is we who write them.
+func (fs *FS) hiddenBeside(dir *Node, up int, name string) bool {
+	if !fs.config.AUFSWhiteouts || len(dir.dir.lowers) == 0 || len(name) > nameMax-len(aufsPrefix) {
+		return false
+	}
+	names := dir.dir.beside.Load()
+	if names == nil && fs.upper.can.whiteouts != whiteoutFile {
+		names = fs.lookBeside(dir, up)
+	}
+	if names != nil && fs.upper.can.whiteouts != whiteoutFile {
+		_, hidden := (*names)[name]
+		return hidden
+	}
+	var st sys.Stat
+	return sys.StatBare(up, aufsPrefix+name, &st) == nil
+}
+
+// lookBeside reads dir in the upper; nil where it cannot be read.
+func (fs *FS) lookBeside(dir *Node, up int) *map[string]struct{} {
+	names := map[string]struct{}{}
+	err := fs.eachName(up, func(_ int, e *sys.BareDirent) error {
+		if hasPrefix(e.Name, aufsPrefix) {
+			names[string(e.Name[len(aufsPrefix):])] = struct{}{}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil
+	}
+	if len(names) == 0 {
+		names = nothingBeside
+	}
+	dir.dir.beside.Store(&names)
+	return &names
 }

@@ -176,7 +176,11 @@ func TestEveryWhiteoutEncoding(t *testing.T) {
 			} else {
 				must(t, sys.MknodBare(u.work.Int(), temp, sys.S_IFREG|0o644, 0, 0))
 			}
-			must(t, u.overWhiteout(temp, u.root.Int(), n, n == "dir"))
+			over := u.overWhiteout
+			if u.can.whiteouts == whiteoutFile {
+				over = u.overBeside
+			}
+			must(t, over(temp, u.root.Int(), n, n == "dir"))
 		}
 		switch got := namesIn(t, s.path("upper")); {
 		case u.can.whiteouts == whiteoutFile:
