@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"strings"
@@ -107,7 +108,8 @@ func (c *commandLine) take(list string) error {
 }
 
 // splitEscaped splits at sep where no backslash is before it, and takes that
-// backslash away; all others stay.
+// backslash away; all others stay. A label between quotes is one part: an engine
+// writes context="system_u:object_r:container_file_t:s0:c1,c2" as mount(8) has it.
 func splitEscaped(s string, sep byte) []string {
 	var parts []string
 	var part []byte
@@ -119,7 +121,7 @@ func splitEscaped(s string, sep byte) []string {
 			}
 			part = append(part, s[i+1])
 			i++
-		case s[i] == sep:
+		case s[i] == sep && !openLabel(part):
 			parts = append(parts, string(part))
 			part = part[:0]
 		default:
@@ -127,6 +129,13 @@ func splitEscaped(s string, sep byte) []string {
 		}
 	}
 	return append(parts, string(part))
+}
+
+// openLabel reports whether a part is the beginning of a label whose quotes are still
+// open.
+func openLabel(part []byte) bool {
+	key, value, _ := bytes.Cut(part, []byte{'='})
+	return labelOptions[string(key)] && len(value) > 0 && value[0] == '"' && bytes.IndexByte(value[1:], '"') < 0
 }
 
 // unescape takes one level of backslashes away.

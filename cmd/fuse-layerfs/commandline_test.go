@@ -162,9 +162,12 @@ func TestOptions(t *testing.T) {
 		"subtype=x":              func(o *options) { o.mount.subtype = "x" },
 		"allow_other":            func(o *options) { o.mount.allowOther = true },
 		`context="u:r:t:s0\,c1"`: func(o *options) { o.mount.extra = []string{`context="u:r:t:s0,c1"`} },
-		"noexec,exec":            func(o *options) { o.mount.set0 = sys.MS_NOEXEC },
-		"dev,nosuid,lazytime":    func(o *options) { o.mount.set0, o.mount.set1 = sys.MS_NODEV, sys.MS_NOSUID|sys.MS_LAZYTIME },
-		"fast_ino=1,ino32_t=0,plugins=,threaded=1,xino=auto,clone_fd,default_permissions,max_read=131072,nonempty": func(*options) {},
+		`context="u:r:t:s0:c1,c2",squash_to_uid=5,rootcontext=a:b`: func(o *options) {
+			o.mount.extra, o.union.Squash.UID = []string{`context="u:r:t:s0:c1,c2"`, "rootcontext=a:b"}, &id
+		},
+		"noexec,exec":         func(o *options) { o.mount.set0 = sys.MS_NOEXEC },
+		"dev,nosuid,lazytime": func(o *options) { o.mount.set0, o.mount.set1 = sys.MS_NODEV, sys.MS_NOSUID|sys.MS_LAZYTIME },
+		"fast_ino=1,ino32_t=0,ino32_t,plugins=,threaded=1,xino=auto,clone_fd,default_permissions,max_read=131072,nonempty": func(*options) {},
 	} {
 		want2 := defaultOptions()
 		want(&want2)

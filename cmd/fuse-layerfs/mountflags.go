@@ -14,7 +14,7 @@ type mountFlags struct {
 	allowOther bool
 	fsname     string
 	subtype    string
-	extra      []string // for the kernel, as they are
+	extra      []string // labels, for the kernel as they are
 }
 
 // flagOptions are the options that stand for a flag of mount(2).
@@ -35,6 +35,9 @@ var flagOptions = map[string]struct {
 	"symfollow": {sys.MS_NOSYMFOLLOW, true}, "nosymfollow": {sys.MS_NOSYMFOLLOW, false},
 	"silent": {sys.MS_SILENT, false}, "loud": {sys.MS_SILENT, true},
 }
+
+// labelOptions are SELinux's: what all files of a mount are labelled as.
+var labelOptions = map[string]bool{"context": true, "fscontext": true, "defcontext": true, "rootcontext": true}
 
 // ignoredOptions mean something to mount(8), fstab or libfuse, and nothing here.
 var ignoredOptions = map[string]bool{
@@ -67,7 +70,7 @@ func (m *mountFlags) set(key, value string, has bool) bool {
 		m.fsname = value
 	case key == "subtype" && has:
 		m.subtype = value
-	case has && (key == "context" || key == "fscontext" || key == "defcontext" || key == "rootcontext"):
+	case has && labelOptions[key]:
 		m.extra = append(m.extra, key+"="+value)
 	default:
 		return ignoredOptions[key] || strings.HasPrefix(key, "x-") || strings.HasPrefix(key, "X-")

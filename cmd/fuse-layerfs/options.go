@@ -130,6 +130,7 @@ var switches = map[string]func(o *options){
 	},
 	"remount":  func(o *options) { o.remount = true },
 	"clone_fd": func(*options) {},
+	"ino32_t":  func(*options) {}, // fuse-overlayfs has it with a value and without, by its version
 	"debug":    func(*options) {},
 }
 

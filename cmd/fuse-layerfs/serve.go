@@ -145,6 +145,11 @@ func mountOptions(c *commandLine) server.MountOptions {
 	if !c.options.upper {
 		o.Flags |= sys.MS_RDONLY
 	}
+	if !sys.InFirstUserNS() {
+		// SELinux takes none there for FUSE (security/selinux/hooks.c:
+		// selinux_set_mnt_opts), and an engine gives one all the same.
+		o.Extra = nil
+	}
 	return o
 }
 
