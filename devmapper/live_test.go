@@ -576,7 +576,7 @@ func TestPoolFullInApply(t *testing.T) {
 			}
 			b.file(base, "base", "base")
 			b.check(os.Remove(ballast))
-			b.check(b.pool.Grow()) // while it is full: with full=error a write may be faster than the pool's growth
+			b.check(b.pool.Grow(t.Context())) // while it is full: with full=error a write may be faster than the pool's growth
 			b.remove(2)
 			r = b.create(3, 1)
 			b.check(b.Apply(t.Context(), r, bytes.NewReader(archive("large", large)), layer.ApplyOptions{}))

@@ -34,5 +34,5 @@ same="$same|absent|apply_only|a_name|links_of|a_lower|a_directory|are_data|child
 in_guest new -skip "TestDriver/ext4/a_deep_stack|TestContainerdSuite/128Layers|TestDriverWithXFS/ext4/($same)" ./devmapper/...
 in_guest new -run 'TestQuota$' ./overlay
 in_guest stable -run 'TestQuota$' ./overlay
-in_guest stable ./mount ./devmapper/dm ./devmapper/thin ./devmapper/metadata
+in_guest stable -skip TestProcessDiesAtEach ./mount ./devmapper/dm ./devmapper/thin ./devmapper/metadata
 in_guest stable -short -run 'TestDriver$/.*/(new_layer|child|commit|remove|view|containerd|closed|two_open|usage)' ./devmapper

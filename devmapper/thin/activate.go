@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/layerctl/layerctl/devmapper/dm"
+	"github.com/layerctl/layerctl/internal/faults"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -32,13 +33,16 @@ func (c *Change) start(ctx context.Context, o Options) error {
 		if err := WriteJSON(p.root, recordFile, r); err != nil {
 			return err
 		}
+		if err := faults.Point(ctx, "thin: open: recorded"); err != nil {
+			return err
+		}
 	}
 	if err := o.agree(r); err != nil {
 		return err
 	}
 	p.rec = *r
 	if r.New {
-		if err := c.renew(); err != nil {
+		if err := c.renew(ctx); err != nil {
 			return err
 		}
 	}
@@ -50,8 +54,11 @@ func (c *Change) start(ctx context.Context, o Options) error {
 		if err := WriteJSON(p.root, recordFile, &p.rec); err != nil {
 			return err
 		}
+		if err := faults.Point(ctx, "thin: open: new no more"); err != nil {
+			return err
+		}
 	}
-	if err := p.grow(); err != nil && !errdefs.IsResourceExhausted(err) {
+	if err := p.grow(ctx); err != nil && !errdefs.IsResourceExhausted(err) {
 		return err
 	}
 	err = p.healthy()
@@ -68,7 +75,7 @@ func (r *record) refuseUsedDevices() error {
 
 // renew begins a new pool again, of which an Open that died may have left
 // something.
-func (c *Change) renew() error {
+func (c *Change) renew(ctx context.Context) error {
 	p := c.pool
 	if err := c.dismantle(); err != nil {
 		return err
@@ -83,7 +90,9 @@ func (c *Change) renew() error {
 	if err != nil {
 		return err
 	}
-	for name, size := range map[string]int64{dataFile: bytes, metadataFile: p.rec.firstMetadataBytes()} {
+	sizes := map[string]int64{dataFile: bytes, metadataFile: p.rec.firstMetadataBytes()}
+	for _, name := range []string{dataFile, metadataFile} {
+		size := sizes[name]
 		f, err := p.root.Openat(name, sys.O_RDWR|sys.O_CREAT|sys.O_TRUNC|sys.O_NOFOLLOW, 0o600)
 		if err != nil {
 			return err
@@ -95,6 +104,9 @@ func (c *Change) renew() error {
 			err = f.Sync()
 		}
 		f.Close()
+		if err == nil {
+			err = faults.Point(ctx, "thin: open: "+name+" made")
+		}
 		if err != nil {
 			return err
 		}
@@ -192,6 +204,9 @@ func (r *record) refuseInUse() error {
 
 // load gives the pool's device its table and lets it go.
 func (p *Pool) load(ctx context.Context) error {
+	if err := faults.Point(ctx, "thin: open: device created"); err != nil {
+		return err
+	}
 	if err := p.rec.checkSuperblock(p.MetadataPath()); err != nil {
 		return err
 	}
@@ -212,7 +227,10 @@ func (p *Pool) load(ctx context.Context) error {
 	if err := p.ctl.Load(p.name, []dm.Target{t}, false); err != nil {
 		return err
 	}
-	return p.announced(ctx, func(c *dm.Control) error {
+	if err := faults.Point(ctx, "thin: open: table loaded"); err != nil {
+		return err
+	}
+	err = p.announced(ctx, func(c *dm.Control) error {
 		lock, err := p.growing() // in the middle of it the pool looks as if it were left suspended
 		if err != nil {
 			return err
@@ -220,6 +238,10 @@ func (p *Pool) load(ctx context.Context) error {
 		defer lock.Close()
 		return c.Resume(p.name)
 	})
+	if err != nil {
+		return err
+	}
+	return faults.Point(ctx, "thin: open: resumed")
 }
 
 // attach opens a device, or makes a file one.

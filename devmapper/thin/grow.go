@@ -1,12 +1,16 @@
 package thin
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/layerctl/layerctl/devmapper/dm"
+	"github.com/layerctl/layerctl/internal/faults"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -24,8 +28,8 @@ func (r *record) lowWater(blocks int64) int64 { return min(blocks/4, mostLowWate
 // Grow makes the pool larger if it runs low, or if its devices have become larger;
 // ErrResourceExhausted if it needs space and there is none. It happens by itself
 // while a Pool is open.
-func (p *Pool) Grow() error {
-	if err := p.grow(); err != nil {
+func (p *Pool) Grow(ctx context.Context) error {
+	if err := p.grow(ctx); err != nil {
 		return fmt.Errorf("thin pool in %s: %w", p.dir, err)
 	}
 	return nil
@@ -33,7 +37,7 @@ func (p *Pool) Grow() error {
 
 // grow has a lock of its own: who changes the pool may be waiting for a write, and
 // that for more space.
-func (p *Pool) grow() error {
+func (p *Pool) grow(ctx context.Context) error {
 	lock, err := p.growing()
 	if err != nil {
 		return err
@@ -54,7 +58,7 @@ func (p *Pool) grow() error {
 	defer metadata.Close()
 	var short error
 	if p.rec.onFiles() {
-		if short, err = p.growFiles(s, data, metadata); err != nil {
+		if short, err = p.growFiles(ctx, s, data, metadata); err != nil {
 			return err
 		}
 	}
@@ -62,7 +66,7 @@ func (p *Pool) grow() error {
 	if short != nil {
 		full = Error // there is nothing to wait for
 	}
-	if err := p.reload(s, data, metadata, full); err != nil {
+	if err := p.reload(ctx, s, data, metadata, full); err != nil {
 		return err
 	}
 	return short
@@ -74,18 +78,27 @@ func (p *Pool) growing() (*sys.Lock, error) {
 }
 
 // growFiles makes the files larger that are low. short says that there is no room.
-func (p *Pool) growFiles(s Status, data, metadata *sys.Fd) (short, err error) {
-	free := int64(s.DataTotal - s.DataUsed)
-	if free <= p.rec.lowWater(int64(s.DataTotal)) {
-		if short, err = p.growFile(dataFile, data); err != nil {
+func (p *Pool) growFiles(ctx context.Context, s Status, data, metadata *sys.Fd) (short, err error) {
+	// What the devices have, which is more than the pool's where a growth ended halfway.
+	dataBytes, err := data.BlockBytes()
+	if err != nil {
+		return nil, err
+	}
+	metadataBytes, err := metadata.BlockBytes()
+	if err != nil {
+		return nil, err
+	}
+	total := dataBytes / p.rec.Block
+	if free := total - int64(s.DataUsed); free <= p.rec.lowWater(total) {
+		if short, err = p.growFile(ctx, dataFile, data, dataBytes); err != nil {
 			return nil, err
 		}
 		if free > 0 {
 			short = nil // not yet
 		}
 	}
-	if s.MetadataTotal-s.MetadataUsed <= s.MetadataTotal/4 && int64(s.MetadataTotal)*4096 < mostMetadata {
-		noRoom, err := p.growFile(metadataFile, metadata)
+	if total := uint64(metadataBytes / 4096); total-s.MetadataUsed <= total/4 && metadataBytes < mostMetadata {
+		noRoom, err := p.growFile(ctx, metadataFile, metadata, metadataBytes)
 		if err != nil || noRoom != nil {
 			return short, err // the kernel stops in time
 		}
@@ -96,9 +109,9 @@ func (p *Pool) growFiles(s Status, data, metadata *sys.Fd) (short, err error) {
 // mostMetadata is what the kernel uses at most (THIN_METADATA_MAX_SECTORS).
 const mostMetadata = 255 * (1 << 14) * 4096
 
-// growFile makes a file half as large again, as far as what its file system has
-// free covers that and the holes that it has already.
-func (p *Pool) growFile(name string, loop *sys.Fd) (short, err error) {
+// growFile makes a file half as large again, and its loop device, which has so many bytes, as
+// large, as far as what its file system has free covers that and the holes that it has already.
+func (p *Pool) growFile(ctx context.Context, name string, loop *sys.Fd, bytes int64) (short, err error) {
 	f, err := p.root.Openat(name, sys.O_RDWR|sys.O_NOFOLLOW, 0)
 	if err != nil {
 		return nil, err
@@ -107,6 +120,9 @@ func (p *Pool) growFile(name string, loop *sys.Fd) (short, err error) {
 	st, err := f.Stat("")
 	if err != nil {
 		return nil, err
+	}
+	if st.Size/sector > bytes/sector { // a process died that had come so far
+		return p.enlarge(ctx, f, st.Size, loop)
 	}
 	free, err := freeBytes(p.root)
 	if err != nil {
@@ -121,23 +137,36 @@ func (p *Pool) growFile(name string, loop *sys.Fd) (short, err error) {
 	if step <= 0 {
 		return fmt.Errorf("%s cannot grow, %d bytes are free on its file system: %w", f.Name(), free, errNoSpace), nil
 	}
-	if err := f.Truncate(st.Size + step); err != nil {
-		return nil, err
+	return p.enlarge(ctx, f, st.Size+step, loop)
+}
+
+// enlarge gives a file, and the loop device on it, so many bytes.
+func (p *Pool) enlarge(ctx context.Context, f *sys.Fd, size int64, loop *sys.Fd) (short, err error) {
+	err = f.Truncate(size)
+	if err == nil && filepath.Base(f.Name()) == metadataFile {
+		err = allocate(f, size)
 	}
-	if name == metadataFile {
-		if err := allocate(f, st.Size+step); err != nil {
-			return nil, err
-		}
+	if err == nil { // or after a cut the pool is larger than its file
+		err = f.Sync()
 	}
-	if err := f.Sync(); err != nil { // or after a cut the pool is larger than its file
-		return nil, err
+	if errors.Is(err, syscall.ENOSPC) {
+		return fmt.Errorf("%s cannot grow to %d bytes: %w: %w", f.Name(), size, errNoSpace, err), nil
 	}
-	return nil, loop.GrowLoop()
+	if err == nil {
+		err = faults.Point(ctx, "thin: grow: file larger")
+	}
+	if err == nil {
+		err = loop.GrowLoop()
+	}
+	if err == nil {
+		err = faults.Point(ctx, "thin: grow: loop device larger")
+	}
+	return nil, err
 }
 
 // reload gives the pool a table of its devices' present sizes, unless it is that
-// already.
-func (p *Pool) reload(s Status, data, metadata *sys.Fd, full Policy) error {
+// already. If it cannot, the pool goes on with the one that it has.
+func (p *Pool) reload(ctx context.Context, s Status, data, metadata *sys.Fd, full Policy) error {
 	t, err := p.table(data, metadata, full)
 	if err != nil {
 		return err
@@ -156,22 +185,27 @@ func (p *Pool) reload(s Status, data, metadata *sys.Fd, full Policy) error {
 	if err := p.ctl.Load(p.name, []dm.Target{t}, false); err != nil {
 		return err
 	}
-	return p.exchange()
-}
-
-// exchange makes the table that was loaded the pool's; if it cannot, the pool goes on with the
-// one that it has. Nothing in it waits for anybody: the name of the device does not
-// change, so udev, which hears of it, is not waited for.
-func (p *Pool) exchange() error {
-	// What is under way stays in the queue: it may be waiting for this.
-	err := p.ctl.Suspend(p.name, dm.SuspendOptions{NoFlush: true, SkipLockFS: true})
+	err = faults.Point(ctx, "thin: grow: table loaded")
 	if err == nil {
-		err = p.ctl.Resume(p.name)
+		err = p.exchange(ctx)
 	}
 	if err != nil {
-		err = errors.Join(err, p.ctl.Clear(p.name), p.resumeLeft())
+		return errors.Join(err, p.ctl.Clear(p.name), p.resumeLeft())
 	}
-	return err
+	return faults.Point(ctx, "thin: grow: resumed")
+}
+
+// exchange makes the table that was loaded the pool's. Nothing in it waits for anybody: the name of the device does not
+// change, so udev, which hears of it, is not waited for.
+func (p *Pool) exchange(ctx context.Context) error {
+	// What is under way stays in the queue: it may be waiting for this.
+	if err := p.ctl.Suspend(p.name, dm.SuspendOptions{NoFlush: true, SkipLockFS: true}); err != nil {
+		return err
+	}
+	if err := faults.Point(ctx, "thin: grow: suspended"); err != nil {
+		return err
+	}
+	return p.ctl.Resume(p.name)
 }
 
 // running calls f while nobody grows the pool: the kernel opens no thin device in one

@@ -271,7 +271,7 @@ func TestFullPoolSaysSo(t *testing.T) {
 		}
 		b.wantByte(v, 0, 'x')
 		b.check(os.Remove(dir + "/ballast"))
-		b.check(p.Grow())
+		b.check(p.Grow(t.Context()))
 		if err := p.ExplainWrite(); err == nil || p.Explain() != nil || !strings.Contains(err.Error(), "a moment ago") {
 			t.Errorf("%s, just grown: %v", full, err)
 		}
@@ -470,7 +470,7 @@ func TestSuspendedPoolGoesOn(t *testing.T) {
 		b.check(p.ctl.Suspend(p.Name(), dm.SuspendOptions{NoFlush: true, SkipLockFS: true}))
 	}
 	for name, next := range map[string]func() error{
-		"grow":      p.Grow,
+		"grow":      func() error { return p.Grow(t.Context()) },
 		"message":   func() error { return (&Change{pool: p}).CreateThin(7) },
 		"exclusive": func() error { return p.Exclusive(t.Context(), func(*Change) error { return nil }) },
 		"open": func() error {
@@ -505,7 +505,7 @@ func TestActivationIsNotTakenForAPoolThatWasLeft(t *testing.T) {
 	b := newBench(t)
 	dir := b.fileSystem(128 * mib)
 	p := b.open(dir, Options{})
-	for n := range 40 {
+	for n := range 24 {
 		b.check(p.ctl.Remove(p.Name(), false)) // an event, of which p hears
 		q, err := Open(t.Context(), dir, Options{})
 		if err != nil {
@@ -546,7 +546,7 @@ func (b *bench) otherPolicy(p *Pool, full Policy) error {
 	b.check(err)
 	defer data.Close()
 	defer metadata.Close()
-	return p.reload(b.status(p), data, metadata, full)
+	return p.reload(b.Context(), b.status(p), data, metadata, full)
 }
 
 // noCookies has udev seem to run and no semaphore be left for a cookie, until again is called.

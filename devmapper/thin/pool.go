@@ -152,6 +152,9 @@ func (p *Pool) open(ctx context.Context, o Options) (err error) {
 		return err
 	}
 	p.opened = true
+	if err := p.releaseLeft(ctx); err != nil {
+		return err
+	}
 	return p.watch()
 }
 

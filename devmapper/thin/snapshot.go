@@ -8,6 +8,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"github.com/layerctl/layerctl/internal/faults"
 	"github.com/layerctl/layerctl/internal/sys"
 )
 
@@ -43,7 +44,7 @@ func (p *Pool) Snapshot(ctx context.Context) (*Snapshot, error) {
 		return nil, fmt.Errorf("metadata snapshot: %w", err)
 	}
 	s := &Snapshot{Path: p.MetadataPath(), pool: p, lock: lock}
-	if err := p.Exclusive(ctx, func(c *Change) error { return s.take(c) }); err != nil {
+	if err := p.Exclusive(ctx, func(c *Change) error { return s.take(ctx, c) }); err != nil {
 		lock.Close()
 		return nil, fmt.Errorf("metadata snapshot: %w", err)
 	}
@@ -71,7 +72,7 @@ func waitLock(ctx context.Context, path string) (*sys.Lock, error) {
 	}
 }
 
-func (s *Snapshot) take(c *Change) error {
+func (s *Snapshot) take(ctx context.Context, c *Change) error {
 	st, err := s.pool.Status()
 	if err != nil {
 		return err
@@ -87,14 +88,58 @@ func (s *Snapshot) take(c *Change) error {
 	if err := s.note(snapshotNote{Taking: true}); err != nil {
 		return err
 	}
+	if err := faults.Point(ctx, "thin: snapshot: recorded"); err != nil {
+		return err
+	}
 	if err := c.message("reserve_metadata_snap"); err != nil {
 		return err
 	}
-	if st, err = s.pool.Status(); err != nil {
+	if err := s.taken(ctx); err != nil {
+		return errors.Join(err, s.give(context.WithoutCancel(ctx), c))
+	}
+	return nil
+}
+
+// taken writes down which one it is.
+func (s *Snapshot) taken(ctx context.Context) error {
+	if err := faults.Point(ctx, "thin: snapshot: reserved"); err != nil {
+		return err
+	}
+	st, err := s.pool.Status()
+	if err != nil {
 		return err
 	}
 	s.Root = st.HeldRoot
-	return s.note(snapshotNote{Root: s.Root})
+	if err := s.note(snapshotNote{Root: s.Root}); err != nil {
+		return err
+	}
+	return faults.Point(ctx, "thin: snapshot: taken")
+}
+
+// releaseLeft releases a metadata snapshot that a process of ours died with: until then
+// nothing that it shows is freed.
+func (p *Pool) releaseLeft(ctx context.Context) error {
+	if st, err := p.Status(); err != nil || st.HeldRoot == 0 {
+		return err
+	}
+	lock, err := sys.LockFile(p.path(snapshotLock), sys.LockExclusive)
+	if sys.IsLocked(err) {
+		return nil // its owner is at work
+	}
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	return p.Exclusive(ctx, func(c *Change) error {
+		st, err := p.Status()
+		if err != nil || st.HeldRoot == 0 {
+			return err
+		}
+		if err := p.ours(st.HeldRoot); err != nil {
+			return nil // another program's
+		}
+		return (&Snapshot{pool: p}).give(ctx, c)
+	})
 }
 
 // ours refuses a held root that another program has. Of files there is none.
@@ -122,16 +167,23 @@ func (s *Snapshot) note(n snapshotNote) error {
 }
 
 // Release gives the snapshot back.
-func (s *Snapshot) Release() error {
+func (s *Snapshot) Release() error { return s.release(context.Background()) }
+
+func (s *Snapshot) release(ctx context.Context) error {
 	defer s.lock.Close()
-	err := s.pool.Exclusive(context.Background(), func(c *Change) error {
-		if err := c.message("release_metadata_snap"); err != nil {
-			return err
-		}
-		return s.note(snapshotNote{})
-	})
-	if err != nil {
+	if err := s.pool.Exclusive(ctx, func(c *Change) error { return s.give(ctx, c) }); err != nil {
 		return fmt.Errorf("metadata snapshot: %w", err)
 	}
 	return nil
+}
+
+// give gives back what the pool has.
+func (s *Snapshot) give(ctx context.Context, c *Change) error {
+	if err := c.message("release_metadata_snap"); err != nil {
+		return err
+	}
+	if err := faults.Point(ctx, "thin: snapshot: released"); err != nil {
+		return err
+	}
+	return s.note(snapshotNote{})
 }

@@ -22,7 +22,7 @@ func (p *Pool) watch() error {
 	p.watching.Go(func() {
 		defer e.Close()
 		for e.Wait(ctx) == nil { // an event of any device
-			_ = p.grow() // what cannot be done shows in the pool's status
+			_ = p.grow(context.WithoutCancel(ctx)) // what cannot be done shows in the pool's status
 		}
 	})
 	p.watching.Go(func() { p.lookAfter(ctx) })
