@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,6 +21,7 @@ import (
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/faults"
 	"github.com/layerctl/layerctl/internal/testenv"
+	"github.com/layerctl/layerctl/mount"
 	"github.com/layerctl/layerctl/snapshot"
 )
 
@@ -469,4 +471,61 @@ func TestCrashInRecovery(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestRemovedStaysRemovedAfterAPowerCut: what GC and recovery removed, and the file system
+// had not, came back without a record that named it.
+func TestRemovedStaysRemovedAfterAPowerCut(t *testing.T) {
+	testenv.Root(t)
+	for _, driver := range []string{"native", "overlay"} {
+		t.Run(driver, func(t *testing.T) {
+			dir := testenv.FS(t, "ext4", testenv.Size(96<<20), testenv.MountOptions("commit=300"))
+			s := open(t, filepath.Join(dir, "store"))
+			v := view(t, s, "v", driver)
+			files := map[string]string{"a": "1", "d/b": "2"}
+			for i, name := range []string{"base", "one", "two", "three"} {
+				layerOf(t, v, name, []string{"", "base", "one", "two"}[i], files)
+			}
+			must(t, s.FinishListings(t.Context()))
+			for _, key := range []string{"three", "two", "one"} {
+				must(t, v.Remove(t.Context(), key))
+			}
+			r, err := s.GC(t.Context())
+			must(t, err)
+			if r.Layers != 3 {
+				t.Errorf("gc removed %d layers of 3", r.Layers)
+			}
+			afterPowerCut(t, dir, func(root string) { clean(t, open(t, root)) })
+			must(t, s.Close())
+
+			// A process dies in Prepare; the next one ends its lease.
+			out, err := job{Name: "dieat", Root: filepath.Join(dir, "store"), Driver: driver, Step: "store: create: made"}.command().CombinedOutput()
+			if err == nil || err.Error() != "signal: killed" {
+				t.Fatalf("%v %s", err, out)
+			}
+			must(t, exec.Command("sync", "-f", dir).Run())
+			s = reopen(t, filepath.Join(dir, "store"))
+			if len(s.Recovered()) != 1 {
+				t.Errorf("recovered: %v", s.Recovered())
+			}
+			afterPowerCut(t, dir, func(root string) { clean(t, open(t, root)) })
+			must(t, s.Close())
+		})
+	}
+}
+
+// afterPowerCut has f look at the store of dir, a file system on a loop device, as a power
+// cut at this moment would leave it.
+func afterPowerCut(t *testing.T, dir string, f func(root string)) {
+	t.Helper()
+	image := filepath.Join(testenv.Scratch(t), "cut")
+	if out, err := exec.Command("cp", "--sparse=always", testenv.Image(dir), image).CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	m := t.TempDir()
+	if out, err := exec.Command("mount", "-o", "loop", image, m).CombinedOutput(); err != nil {
+		t.Fatalf("%v %s", err, out)
+	}
+	t.Cleanup(func() { must(t, mount.Unmount(m, mount.UnmountOptions{Wait: time.Minute})) })
+	f(filepath.Join(m, "store"))
 }

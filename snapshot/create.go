@@ -312,6 +312,9 @@ func (c *creation) discard(ctx context.Context, block *block) error {
 	ctx = context.WithoutCancel(ctx)
 	err := c.d.Remove(ctx, c.id)
 	if err == nil {
+		err = s.flushRemovals(c.driver) // or a power cut brings it back when its lease has ended
+	}
+	if err == nil {
 		s.ids.settled(block, nil)
 		return nil
 	}

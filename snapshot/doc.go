@@ -63,7 +63,8 @@
 //	in Commit, after its intent     frozen by the driver: Open finishes the Commit;
 //	                                not yet frozen: the key stays active
 //	in Remove                       the key is there, or its bytes are a debt
-//	in Cleanup                      the debt is still there, and Remove is repeatable
+//	in Cleanup                      the debt is still there, and Remove is repeatable; records go
+//	                                after a flush, so a power cut brings nothing back
 //	in Apply                        the key is active with part of the layer in it
 //	in a background listing         listed as pending, done by the next Open
 //	in Migrate, before all copies   every name as it was; copies without a name, which the

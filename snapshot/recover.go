@@ -221,6 +221,11 @@ func (s *Store) recoverLease(ctx context.Context, first drivers.ID, l lease) err
 	if err := faults.Point(ctx, "store: recover: orphans removed"); err != nil {
 		return err
 	}
+	// For good: without the lease nothing explains what a power cut brings back, of
+	// this recovery or of one that died here.
+	if err := s.flushRemovals(known...); err != nil {
+		return err
+	}
 	return s.db.update(ctx, func(t *txn) error { return t.delete(bucketLeases, idKey(first)) })
 }
 

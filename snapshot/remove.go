@@ -3,7 +3,9 @@ package snapshot
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"strings"
 	"sync"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/internal/faults"
+	"github.com/layerctl/layerctl/internal/sys"
 )
 
 // Remove implements snapshots.Snapshotter. It forgets the key durably and
@@ -144,7 +147,7 @@ func (s *Store) GC(ctx context.Context) (GCReport, error) {
 	case <-ctx.Done():
 		return GCReport{}, fmt.Errorf("snapshot: gc: %w", ctx.Err())
 	}
-	g := &collector{s: s, left: map[drivers.ID]Busy{}}
+	g := &collector{s: s, left: map[drivers.ID]Busy{}, gone: map[drivers.ID]paid{}}
 	err := g.run(ctx)
 	_ = dropIdle(ctx, s.openDrivers()) // it is no debt, and the next time does it
 	if g.report.Layers > 0 {
@@ -160,12 +163,15 @@ func (s *Store) GC(ctx context.Context) (GCReport, error) {
 	return g.report, err
 }
 
-// collector works the debts off.
+// collector works the debts off: first the bytes of many layers go, then the file
+// system is flushed once, then their records go. Without the flush a power cut could
+// bring bytes back that no record names.
 type collector struct {
 	s      *Store
 	mu     sync.Mutex
 	report GCReport            // guarded by mu
 	left   map[drivers.ID]Busy // guarded by mu
+	gone   map[drivers.ID]paid // guarded by mu; whose records are still there
 }
 
 // payable is a debt with no layer above it.
@@ -174,20 +180,45 @@ type payable struct {
 	layer *layerRecord
 }
 
-// workers bounds the layers removed at a time: removal is mostly waiting for
-// the file system's journal.
-const workers = 8
+// paid is a debt whose bytes are gone, and which is locked until its records are.
+type paid struct {
+	payable
+	bytes   int64
+	release func()
+}
+
+const (
+	// workers bounds the layers removed at a time: removal is mostly waiting for
+	// the file system's journal.
+	workers = 8
+	// atOnce bounds the layers whose records go together, and so the locks held.
+	atOnce = 256
+)
 
 // run goes from the top of each chain down, one level a round.
-func (g *collector) run(ctx context.Context) error {
+func (g *collector) run(ctx context.Context) (err error) {
+	defer func() { // what could not be forgotten is removed once more, which does no harm
+		for _, p := range g.gone {
+			p.release()
+		}
+	}()
 	for {
 		debts, err := g.payable(ctx)
-		if err != nil || len(debts) == 0 {
+		if err != nil {
 			return err
+		}
+		if n := len(g.gone); n > 0 && (len(debts) == 0 || n >= atOnce) {
+			if err := g.forget(ctx); err != nil {
+				return err
+			}
+			continue
+		}
+		if len(debts) == 0 {
+			return nil
 		}
 		w, wctx := errgroup.WithContext(ctx)
 		w.SetLimit(workers)
-		for _, p := range debts {
+		for _, p := range debts[:min(len(debts), atOnce)] {
 			w.Go(func() error { return g.pay(wctx, p) })
 		}
 		if err := w.Wait(); err != nil {
@@ -204,7 +235,10 @@ func (g *collector) payable(ctx context.Context) (debts []payable, err error) {
 		debts = nil
 		return t.each(bucketDebts, func(k, _ []byte) error {
 			id := keyID(k)
-			if _, tried := g.left[id]; tried || len(t.children(id)) > 0 {
+			_, tried := g.left[id]
+			_, done := g.gone[id]
+			above := slices.ContainsFunc(t.children(id), func(c drivers.ID) bool { return g.gone[c].release == nil })
+			if tried || done || above {
 				return nil
 			}
 			l, err := t.layer(id)
@@ -222,8 +256,8 @@ func (g *collector) payable(ctx context.Context) (debts []payable, err error) {
 	return debts, err
 }
 
-// pay removes the bytes of one layer, then its records. A layer that somebody
-// works on or has mounted stays.
+// pay removes the bytes of one layer, and its listing. A layer that somebody works on
+// or has mounted stays.
 func (g *collector) pay(ctx context.Context, p payable) error {
 	g.s.listings.drop(ctx, p.ref.ID) // or it would be in use
 	release, ok, err := g.s.locks.try(layerPlace(p.ref.ID))
@@ -234,7 +268,11 @@ func (g *collector) pay(ctx context.Context, p payable) error {
 		g.leave(p, "a call is using it")
 		return nil
 	}
-	defer release()
+	defer func() {
+		if release != nil {
+			release()
+		}
+	}()
 	if ok, err := g.s.isDebt(ctx, p.ref.ID); err != nil || !ok {
 		return err // another process was faster
 	}
@@ -258,14 +296,94 @@ func (g *collector) pay(ctx context.Context, p payable) error {
 	if err := faults.Point(ctx, "store: gc: bytes removed"); err != nil {
 		return err
 	}
-	if err := g.s.forget(ctx, p.ref.ID); err != nil {
+	if err := g.s.removeListing(p.ref.ID); err != nil {
 		return err
 	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	g.report.Layers++
-	g.report.Bytes += bytes
+	g.gone[p.ref.ID] = paid{p, bytes, release}
+	release = nil
 	return nil
+}
+
+// forget drops the records of what is gone, once it is gone for good. What cannot be
+// flushed stays a debt.
+func (g *collector) forget(ctx context.Context) error {
+	gone := g.gone
+	g.gone = map[drivers.ID]paid{}
+	defer func() {
+		for _, p := range gone {
+			p.release()
+		}
+	}()
+	var of []string
+	for _, p := range gone {
+		of = append(of, p.layer.Driver)
+	}
+	err := g.s.flushRemovals(of...)
+	if drivers.IsFull(err) && g.makeRoom(ctx) {
+		err = g.s.flushRemovals(of...)
+	}
+	if err != nil {
+		for _, p := range gone {
+			g.leave(p.payable, err.Error())
+		}
+		return ctx.Err()
+	}
+	if err := faults.Point(ctx, "store: gc: flushed"); err != nil {
+		return err
+	}
+	err = g.s.db.free(ctx, func(t *txn) error {
+		for id := range gone {
+			if err := t.deleteLayer(id); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, p := range gone {
+		g.report.Layers++
+		g.report.Bytes += p.bytes
+	}
+	return nil
+}
+
+// flushRemovals makes removals last: those of listings, and of layers, whose drivers may
+// be on file systems of their own.
+func (s *Store) flushRemovals(of ...string) error {
+	if s.o.Volatile {
+		return nil
+	}
+	slices.Sort(of)
+	flushed := map[uint64]bool{}
+	err := flushOnce(s.root, flushed)
+	for _, driver := range slices.Compact(of) {
+		if err == nil {
+			err = flushOnce(s.driverRoot(driver), flushed)
+		}
+	}
+	return err
+}
+
+// flushOnce flushes the file system that a directory is on, unless it was.
+func flushOnce(path string, flushed map[uint64]bool) error {
+	dir, err := sys.OpenDir(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // a driver with debts alone
+	}
+	if err != nil {
+		return rootError(err)
+	}
+	defer dir.Close()
+	st, err := dir.Stat("")
+	if err != nil || flushed[st.Dev] {
+		return rootError(err)
+	}
+	flushed[st.Dev] = true
+	return rootError(dir.SyncFS())
 }
 
 // makeRoom reports whether there is a little more room now.
@@ -298,12 +416,4 @@ func (s *Store) bytesOf(ctx context.Context, d drivers.Driver, p payable) int64 
 		}
 	}
 	return max(u.Bytes, 0)
-}
-
-// forget drops the listing and then the records of a layer whose bytes are gone.
-func (s *Store) forget(ctx context.Context, id drivers.ID) error {
-	if err := s.removeListing(id); err != nil {
-		return err
-	}
-	return s.db.free(ctx, func(t *txn) error { return t.deleteLayer(id) })
 }

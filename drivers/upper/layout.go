@@ -281,7 +281,8 @@ func writeFile(dir *sys.Fd, name string, b []byte, durable bool) error {
 
 // openFormat reads or makes ROOT/format.json, and returns the encoding of the
 // layers. One that is not among those that can be used is refused: its whiteouts
-// would show as devices.
+// would show as devices. It is made to last: a torn one would make the driver
+// one that does not open, with every layer that it is given later.
 func openFormat(root string, usable []Xattrs) (Xattrs, error) {
 	dir, err := sys.OpenDir(root)
 	if err != nil {
@@ -291,7 +292,7 @@ func openFormat(root string, usable []Xattrs) (Xattrs, error) {
 	var f format
 	err = ReadJSON(dir, formatFile, &f)
 	if errors.Is(err, os.ErrNotExist) {
-		if err = WriteJSON(dir, formatFile, format{formatVersion, usable[0]}, false); err == nil {
+		if err = WriteJSON(dir, formatFile, format{formatVersion, usable[0]}, true); err == nil {
 			return usable[0], nil
 		}
 		if errors.Is(err, os.ErrNotExist) { // another process has just renamed our file
