@@ -108,3 +108,43 @@ func TestCopyUpGoesOnAfterASignalThatIsHandled(t *testing.T) {
 	}
 	wantBig(t, m, big)
 }
+
+// Who makes, renames or removes something waits for no data of another file in the same
+// directory to be copied up; who wants the same file does, and finds it whole.
+func TestNobodyWaitsForACopyUpBeside(t *testing.T) {
+	m, big := serveBig(t, union.Config{})
+	held, err := os.OpenFile(filepath.Join(m.Dir, "held"), os.O_RDWR, 0)
+	must(t, err)
+	defer held.Close()
+	must(t, held.SetReadDeadline(time.Now().Add(patience)))
+	run := func(script string) *exec.Cmd {
+		cmd := exec.Command("/bin/sh", "-e", "-c", script)
+		cmd.Dir = m.path("")
+		must(t, cmd.Start())
+		return cmd
+	}
+	first := run(": >>big")
+	_, err = held.Read(make([]byte, 4))
+	must(t, err)
+	second := run("chmod 600 big")
+	beside := run("echo x >new; mv new other; mkdir d; mv other d; rm d/other; ls -l big >d/list; head -c 16 big >>d/list")
+	ended := make(chan error, 1)
+	go func() { ended <- beside.Wait() }()
+	select {
+	case err = <-ended:
+	case <-time.After(patience):
+		t.Error("what is done beside waits for the copy-up")
+		defer func() { <-ended }()
+	}
+	must(t, err)
+	if _, err := os.Lstat(filepath.Join(m.Dir, "u", "big")); !os.IsNotExist(err) {
+		t.Errorf("it is in the upper already: %v", err)
+	}
+	must(t, os.WriteFile(filepath.Join(m.Dir, "on"), []byte("on"), 0))
+	must(t, first.Wait())
+	must(t, second.Wait())
+	if st, err := os.Lstat(filepath.Join(m.Dir, "u", "big")); err != nil || st.Size() != int64(len(big)) || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", st, err)
+	}
+	wantBig(t, m, big)
+}

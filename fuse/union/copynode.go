@@ -35,11 +35,89 @@ func (fs *FS) copyUp(pid uint32, n *Node, what copyWhat) error {
 			return err
 		}
 	}
+	b, err := fs.buildFirst(pid, n, what)
+	if err != nil {
+		return err
+	}
+	defer fs.endBuild(n, b)
 	parent.change.Lock()
 	defer parent.change.Unlock()
 	n.change.Lock()
 	defer n.change.Unlock()
-	return fs.copyUpAt(pid, parent, n.name, n, what)
+	return fs.copyUpAt(pid, parent, n.name, n, what, b)
+}
+
+// building is a copy-up of which the data are copied before the locks are taken under
+// which the copy gets its name: nobody who changes something in that directory waits
+// for them.
+type building struct {
+	r     copyRequest
+	close func()        // the source
+	done  chan struct{} // closed at the end; nil where nobody waits for it
+}
+
+// largeFile is the size from which on data are copied so.
+const largeFile = 1 << 20
+
+// buildFirst opens a file that is to be copied up, and copies its data if they are
+// many; nil where there is nothing to do before the locks are taken. Who comes for the
+// same file meanwhile waits here.
+func (fs *FS) buildFirst(pid uint32, n *Node, what copyWhat) (*building, error) {
+	for n.typ == sys.S_IFREG && what == copyAll && !n.has(inUpper|isDead) {
+		src, done, err := fs.copySource(n)
+		if err != nil {
+			return nil, err
+		}
+		b := &building{r: fs.requestFor(pid, n, src, what), close: done}
+		if src.stat.Size < largeFile {
+			return b, nil
+		}
+		if other := fs.beginBuild(n, b); other != nil {
+			done()
+			<-other
+			continue
+		}
+		if err := fs.upper.make(context.Background(), &b.r); err != nil {
+			fs.endBuild(n, b)
+			return nil, err
+		}
+		return b, nil
+	}
+	return nil, nil
+}
+
+// beginBuild enters b, or returns what to wait for: another one of n.
+func (fs *FS) beginBuild(n *Node, b *building) (other chan struct{}) {
+	fs.table.mu.Lock()
+	defer fs.table.mu.Unlock()
+	if other = fs.builds[n]; other == nil {
+		b.done = make(chan struct{})
+		fs.builds[n] = b.done
+	}
+	return other
+}
+
+func (fs *FS) endBuild(n *Node, b *building) {
+	if b == nil {
+		return
+	}
+	fs.upper.unmake(&b.r)
+	b.close()
+	if b.done != nil {
+		fs.table.mu.Lock()
+		delete(fs.builds, n)
+		fs.table.mu.Unlock()
+		close(b.done)
+	}
+}
+
+// requestFor is the copy-up of n from src, but where to.
+func (fs *FS) requestFor(pid uint32, n *Node, src copySource, what copyWhat) copyRequest {
+	r := copyRequest{src: src, what: what, shared: fs.needsIndex(&src.stat), nlink: src.stat.Nlink, waiter: pid}
+	if fs.stores() {
+		r.setStat = fs.upper.storeStat
+	}
+	return r
 }
 
 // needs is how much is copied of what could do with metadata alone.
@@ -51,8 +129,8 @@ func (fs *FS) needs(n *Node, what copyWhat) copyWhat {
 }
 
 // copyUpAt copies n up at one of its names. The parent is in the upper, and both
-// are locked.
-func (fs *FS) copyUpAt(pid uint32, parent *Node, name string, n *Node, what copyWhat) error {
+// are locked. b, when not nil, is how far it is.
+func (fs *FS) copyUpAt(pid uint32, parent *Node, name string, n *Node, what copyWhat, b *building) error {
 	what = fs.needs(n, what)
 	if n.has(inUpper) {
 		if what != copyMeta {
@@ -60,18 +138,20 @@ func (fs *FS) copyUpAt(pid uint32, parent *Node, name string, n *Node, what copy
 		}
 		return nil
 	}
-	src, done, err := fs.copySource(n)
-	if err != nil {
-		return err
+	if b == nil {
+		src, done, err := fs.copySource(n)
+		if err != nil {
+			return err
+		}
+		defer done()
+		b = &building{r: fs.requestFor(pid, n, src, what)}
 	}
-	defer done()
-	r := copyRequest{src: src, what: what, impure: parent.has(isImpure), shared: fs.needsIndex(&src.stat), nlink: src.stat.Nlink, waiter: pid}
-	if fs.stores() {
-		r.setStat = fs.upper.storeStat
-	}
+	r := &b.r
 	if n.has(isDead) || parent.has(isDead) {
-		return fs.copyUpGone(n, &r)
+		fs.upper.unmake(r)
+		return fs.copyUpGone(n, r)
 	}
+	r.impure = parent.has(isImpure)
 	up, err := fs.upperDir(parent)
 	if err != nil {
 		return err
@@ -88,7 +168,7 @@ func (fs *FS) copyUpAt(pid uint32, parent *Node, name string, n *Node, what copy
 	}
 	fs.table.mu.Unlock()
 	var st sys.Stat
-	err = fs.upper.copyUp(context.Background(), &r)
+	err = fs.upper.copyUp(context.Background(), r)
 	if err == nil {
 		err = sys.StatBare(up.fd, name, &st)
 	}
@@ -101,7 +181,7 @@ func (fs *FS) copyUpAt(pid uint32, parent *Node, name string, n *Node, what copy
 		return err
 	}
 	parent.set(isImpure)
-	if parted := fs.raised(parent, n, &r, &st); parted {
+	if parted := fs.raised(parent, n, r, &st); parted {
 		fs.stale(Stale{Node: parent.id, Names: true}) // it has the number, too
 	}
 	// The time of change is another one, a directory's link count too, and what

@@ -40,6 +40,7 @@ type copyRequest struct {
 	shared   bool   // goes by way of index (see index.go): Config.Index and the source has several links, or exportAll
 	nlink    uint32 // shared: how many links the union shows
 	waiter   uint32 // a thread: when it is killed the copying of data ends with EINTR; 0: none
+	made     *spot  // built already (see make); used up by the copy-up that comes so far
 	noOrigin bool   // neither xattr origin nor an impure parent: for what is in no directory any more
 
 	// setStat replaces chown and chmod, where owner and mode are kept in another
@@ -97,15 +98,44 @@ func (u *upper) setImpure(dir int) error {
 	return sys.SetxattrBare(dir, "", u.xattrs.impure, []byte("y"), 0)
 }
 
-// build makes the copy and moves it to its place. ready, when not nil, is called
-// with where it is before that.
-func (u *upper) build(ctx context.Context, r *copyRequest, to spot, ready func(spot) error) error {
+// make builds the copy where nobody sees it. Nothing of it depends on where it will
+// be, so that no lock is needed.
+func (u *upper) make(ctx context.Context, r *copyRequest) error {
 	at, err := u.newObject(r)
 	if err != nil {
 		return err
 	}
-	err = u.fill(ctx, r, at)
-	if err == nil && ready != nil {
+	r.made = &at
+	if err = u.fill(ctx, r, at); err != nil {
+		u.unmake(r)
+	}
+	return err
+}
+
+// unmake removes what was built and not used.
+func (u *upper) unmake(r *copyRequest) {
+	at := r.made
+	r.made = nil
+	switch {
+	case at == nil:
+	case at.name == "":
+		sys.CloseBare(at.dir)
+	default:
+		u.discard(at.name)
+	}
+}
+
+// build makes the copy, unless it is made already, and moves it to its place. ready,
+// when not nil, is called with where it is before that.
+func (u *upper) build(ctx context.Context, r *copyRequest, to spot, ready func(spot) error) (err error) {
+	if r.made == nil {
+		if err := u.make(ctx, r); err != nil {
+			return err
+		}
+	}
+	at := *r.made
+	r.made = nil
+	if ready != nil {
 		err = ready(at)
 	}
 	if err == nil {

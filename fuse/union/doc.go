@@ -54,7 +54,8 @@
 // then it waits, without a lock, and looks again.
 //
 // Parents are copied up before a node's own lock is taken, outermost first; a
-// node that is in the upper stays there, so nobody has to look again.
+// node that is in the upper stays there, so nobody has to look again. So are the data
+// of a large file, into work: who wants the same one waits at FS.builds, with no lock.
 //
 // # Crash
 //

@@ -49,10 +49,11 @@ type FS struct {
 	dirs    dirCache
 	indexes indexes
 	table   *table
-	copies  map[nameKey]*Node // being copied up; under table.mu
-	spares  atomic.Int32      // nodes with isSpare
-	copyUps atomic.Uint64     // since Open
-	seed    maphash.Seed      // of the cookies of directories
+	copies  map[nameKey]*Node       // being copied up; under table.mu
+	builds  map[*Node]chan struct{} // whose data are being copied; under table.mu
+	spares  atomic.Int32            // nodes with isSpare
+	copyUps atomic.Uint64           // since Open
+	seed    maphash.Seed            // of the cookies of directories
 
 	odd struct {
 		sync.Mutex
@@ -78,7 +79,7 @@ func Open(ctx context.Context, c Config) (_ *FS, err error) {
 	}
 	c.NoACL = c.NoACL || c.Permissions != PermissionsInode // one is about the owner of the file itself
 	asked := c.NFSExport
-	fs := &FS{config: c, owners: newOwners(&c), table: newTable(), copies: map[nameKey]*Node{}, seed: maphash.MakeSeed()}
+	fs := &FS{config: c, owners: newOwners(&c), table: newTable(), copies: map[nameKey]*Node{}, builds: map[*Node]chan struct{}{}, seed: maphash.MakeSeed()}
 	defer func() {
 		if err != nil {
 			fs.Close()

@@ -252,7 +252,7 @@ func (fs *FS) linkName(dir *Node, name string, v *victim) error {
 		if !fs.needsIndex(&v.f.st) {
 			return nil
 		}
-		if err := fs.copyUpAt(0, dir, name, n, copyMeta); err != nil {
+		if err := fs.copyUpAt(0, dir, name, n, copyMeta, nil); err != nil {
 			return err
 		}
 	case v.f.unlinked:
