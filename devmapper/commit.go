@@ -209,8 +209,7 @@ func (d *driver) snapshotOf(ctx context.Context, id drivers.ID, l *record) (t te
 	suspended := false
 	if i, err := d.pool.Info(name); err == nil && i.ActiveTable {
 		// Outside the pool's lock: it waits for what is being written.
-		err := d.pool.Suspend(name)
-		if suspended = err == nil; !suspended && !errdefs.IsNotFound(err) { // somebody found it idle
+		if suspended, err = d.suspend(ctx, l.fs, d.volume(id, l)); err != nil {
 			return t, err
 		}
 	}

@@ -130,3 +130,17 @@ func TestCleanUpThatFails(t *testing.T) {
 		t.Errorf("in tmp: %v, %v", temps, err)
 	}
 }
+
+// A layer that is mounted is committed with more in memory than the pool has free: the pool, which
+// suspends all its devices to become larger, need not wait for one that waits for it.
+func TestMoreInMemoryThanThePoolHas(t *testing.T) {
+	b := newBench(t, 512*mib, map[string]string{"data-size": "32MiB"})
+	r := b.create(1)
+	dir, unmount := b.mount(r)
+	content := noise(44 * mib)
+	b.check(os.WriteFile(dir+"/f", []byte(content), 0o644))
+	b.commit(r)
+	unmount()
+	b.file(r, "f", content)
+	b.remove(1)
+}
