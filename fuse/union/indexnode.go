@@ -246,8 +246,14 @@ func (n *Node) shownLinks(real uint32) uint32 {
 func (fs *FS) linkName(dir *Node, name string, v *victim) error {
 	n := v.node
 	switch {
-	case n == nil || fs.upper.index == nil || v.f.upper && !v.f.unlinked:
+	case n == nil || fs.upper.index == nil:
 		return nil
+	case v.f.upper && !v.f.unlinked:
+		if n.isDir() || !n.has(isIndexed) {
+			return nil
+		}
+		// Another of its names may have gone since it was found.
+		return fs.statUpper(dir, name, &v.f.st)
 	case !n.has(inUpper):
 		if !fs.needsIndex(&v.f.st) {
 			return nil
@@ -337,9 +343,24 @@ func (fs *FS) countLinks(n *Node) error {
 // lastName tells whether the victim's name is the last one that is shown.
 func (fs *FS) lastName(v *victim) bool {
 	if n := v.node; n != nil && n.has(isIndexed) && !n.isDir() {
-		return n.shownLinks(v.f.st.Nlink) <= 1
+		// The upper knows better than a count which a link in a lower, made behind
+		// this mount's back, has put out of step.
+		return n.shownLinks(v.f.st.Nlink) <= 1 && v.f.st.Nlink <= indexAndName
 	}
 	return v.f.st.IsDir() || !v.upper || v.f.st.Nlink == 1
+}
+
+// indexAndName are the links of an indexed file that has one name in the upper.
+const indexAndName = 2
+
+// keepCount corrects the count of an indexed file that has lost a name, has others in
+// the upper, and would show none: nobody could link it then.
+func (n *Node) keepCount(real uint32) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if ix := &n.more.index; real >= indexAndName && int32(real)+ix.diff < 1 {
+		ix.diff = 1 - int32(real)
+	}
 }
 
 // leaveIndex is called when the last name of something indexed is gone.

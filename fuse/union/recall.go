@@ -104,7 +104,10 @@ func (fs *FS) numbered(dir *Node, name string, f *found) {
 	key, byName := fs.keyOf(f)
 	t := fs.table
 	t.mu.Lock()
-	known := !byName && t.byReal[key] != nil
+	n := t.byReal[key]
+	// A directory of a lower may be shown at a second place, by a redirect: there it
+	// is another node.
+	known := n != nil && !byName && (fs.same(n, dir, name, f) || !n.isDir() && n.typ == f.st.Type())
 	t.mu.Unlock()
 	if known {
 		return

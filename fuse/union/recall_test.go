@@ -344,3 +344,39 @@ func TestRecallAfterTheKernel(t *testing.T) {
 	}
 	x.u.close()
 }
+
+// TestRecallOfADirectoryAtTwoPlaces: a redirect of one lower shows a directory of the
+// next at a second place. Looking for it there had no end while the first one's node
+// was in memory, and coming back by a number waits with every change of names meanwhile.
+func TestRecallOfADirectoryAtTwoPlaces(t *testing.T) {
+	testenv.Root(t)
+	c := layersFor(t, testenv.FS(t, "ext4"), 2, Config{Index: true, NFSExport: true, Redirect: RedirectOn}, func(l []string) {
+		put(t, l[1], "o/d/e/f", "x")
+		must(t, os.Mkdir(filepath.Join(l[0], "m"), 0o755))
+		must(t, syscall.Setxattr(filepath.Join(l[0], "m"), "trusted.overlay.redirect", []byte("o"), 0))
+	})
+	u := openUnion(t, c)
+	defer u.close()
+	ids := map[string]uint64{}
+	must(t, u.walk("m/d/e", func(n *Node) error {
+		ids["m/d/e"] = n.ID()
+		return u.walk("o/d/e", func(n *Node) error { ids["o/d/e"] = n.ID(); return nil })
+	}))
+	if ids["m/d/e"] == ids["o/d/e"] {
+		t.Errorf("one node, %d, at two places", ids["m/d/e"])
+	}
+	must(t, u.rename("m", "n", 0))
+	must(t, u.walk("n/d", func(*Node) error {
+		for at, id := range ids {
+			if e, err := u.fs.Recall(id); err == nil {
+				u.fs.Forget(e.Node.ID(), 1)
+			} else if err != syscall.ESTALE {
+				t.Errorf("the number of %s: %v", at, err)
+			}
+		}
+		return nil
+	}))
+	if got, err := u.read("n/d/e/f"); got != "x" || err != nil {
+		t.Errorf("n/d/e/f: %q, %v", got, err)
+	}
+}

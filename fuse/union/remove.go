@@ -281,6 +281,9 @@ func (fs *FS) lost(dir *Node, name string, v *victim) {
 		fs.leaveIndex(n)
 		return
 	}
+	if n.has(isIndexed) && v.upper {
+		n.keepCount(v.f.st.Nlink - 1)
+	}
 	if n.has(isIndexed | byHandle) {
 		return
 	}

@@ -144,8 +144,8 @@ func inside(dir, other *sys.Fd) (bool, error) {
 		}
 		up, err := at.Openat("..", sys.O_PATH|sys.O_DIRECTORY, 0)
 		at.Close()
-		if errors.Is(err, syscall.EACCES) {
-			return false, nil // above what this process may see
+		if errors.Is(err, syscall.EACCES) || errors.Is(err, syscall.ENOENT) {
+			return false, nil // above what this process may see, or the place of a mount that was removed
 		}
 		if err != nil {
 			return false, err

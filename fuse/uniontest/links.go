@@ -2,6 +2,7 @@ package uniontest
 
 import (
 	"fmt"
+	"os"
 
 	"golang.org/x/sys/unix"
 )
@@ -171,6 +172,29 @@ var linkCases = withIndex(map[string]func(*Kit){
 		k.unlink("q")
 		k.remount() // which clears the orphans away
 		equal(k, "entries of the index", len(k.namesAt(k.spec.Work+"/index")), 1)
+	},
+	// A count of links that a lower's new ones have put out of step went to none while
+	// there were names: link(2) was ENOENT, and the entry stayed in the index.
+	"on: links added to a lower behind the mount": func(k *Kit) {
+		k.options("index=on")
+		k.union(file("a", "x"), link("a", "b"))
+		k.noLowers = true
+		k.chmod("a", 0o600)
+		for _, p := range []string{"c", "d"} {
+			k.ok(os.Link(k.l(0, "a"), k.l(0, p)))
+			k.unlink(p)
+		}
+		k.nlink("a", 1)
+		k.hardlink("a", "e")
+		k.nlink("e", 2)
+		k.unlink("a")
+		k.unlink("b")
+		k.reads("e", "x")
+		k.nlink("e", 1)
+		k.unlink("e")
+		k.remount()
+		equal(k, "entries of the index", len(k.namesAt(k.spec.Work+"/index")), 0)
+		k.holds(".")
 	},
 	"on: metacopy of a linked file": func(k *Kit) {
 		k.unlikeBy(LinksLater)

@@ -234,6 +234,19 @@ var lockCases = map[string]func(*Kit){
 		k.opens(handles["d/f"], "d/f2")
 		k.staleHandle(handles["d/gone"])
 	},
+	// What the server looked for without end, and answered nothing else meanwhile.
+	"a lower's directory at two places, with file handles": func(k *Kit) {
+		k.exports()
+		k.options("redirect_dir=on")
+		k.lower(dir("m"), overlay("m", "redirect", "o"))
+		k.lower(file("o/d/e/f", "x"))
+		k.mount()
+		for range 2 {
+			k.reads("m/d/e/f", "x")
+			k.reads("o/d/e/f", "x")
+			k.holds("o/d/e", "f")
+		}
+	},
 	"a file handle never leads to another file": func(k *Kit) {
 		k.exports()
 		k.union(file("d/f", "low"))
