@@ -16,7 +16,7 @@ import (
 
 // TestDiffEqualsTheWalkOverRandomHistories: between any two of several layers that
 // random operations made, the changeset found by their blocks is, as a tar, the one of
-// the exact walk over both trees. LAYERCTL_SEED gives the first seed,
+// the exact walk over both trees, whatever sizes they have. LAYERCTL_SEED gives the first seed,
 // LAYERCTL_HISTORIES how many.
 func TestDiffEqualsTheWalkOverRandomHistories(t *testing.T) {
 	needsDM(t)
@@ -65,7 +65,11 @@ func (h *history) layer(parent drivers.Ref, ops []treegen.Op, commit bool) drive
 	if parent.ID != 0 {
 		r.Parents = append([]drivers.ID{parent.ID}, parent.Parents...)
 	}
-	h.must(h.d.Create(h.Context(), r, drivers.CreateOptions{}))
+	o := drivers.CreateOptions{}
+	if h.next%3 == 0 { // it is larger than its parent
+		o.Quota = 512*mib + int64(h.next)*64*mib
+	}
+	h.must(h.d.Create(h.Context(), r, o))
 	ms, err := h.d.Mounts(h.Context(), r, drivers.MountOptions{})
 	h.must(err)
 	dir := h.TempDir()

@@ -34,8 +34,8 @@ func Changed(ctx context.Context, from, to io.ReaderAt, ranges []Range) (*layer.
 	if c.to, err = open(to, "the second file system"); err != nil {
 		return nil, err
 	}
-	if c.from.geometry != c.to.geometry {
-		return nil, fmt.Errorf("ext4: the file systems differ in identity, size or features: %w", ErrCannotTell)
+	if c.from.grown() != c.to.grown() {
+		return nil, fmt.Errorf("ext4: the file systems differ in identity or features: %w", ErrCannotTell)
 	}
 	if err := c.setRanges(ranges); err != nil {
 		return nil, err
@@ -79,14 +79,15 @@ func (c *comparison) setRanges(ranges []Range) error {
 		}
 	}
 	c.changed = c.changed.normal()
-	c.fixed = slices.Concat(c.from.fixed(), c.to.fixed()).normal()
+	c.fixed = c.to.fixed()
 	return nil
 }
 
 // chunk is how many blocks are compared at a time.
 const chunk = 16
 
-// differing calls do for each block of the spans whose bytes differ.
+// differing calls do for each block of the spans whose bytes differ. What the first file
+// system is too small to have is zeros there.
 func (c *comparison) differing(s spans, do func(block uint64, from, to []byte) error) error {
 	bs := uint64(c.to.blockSize)
 	for _, p := range s {
@@ -95,7 +96,7 @@ func (c *comparison) differing(s spans, do func(block uint64, from, to []byte) e
 				return err
 			}
 			n := min(chunk, p.end-at)
-			from, err := c.from.run(at, n)
+			from, err := c.from.runIfAny(at, n)
 			if err != nil {
 				return err
 			}
@@ -105,7 +106,7 @@ func (c *comparison) differing(s spans, do func(block uint64, from, to []byte) e
 			}
 			for i := range n {
 				f, t := from[i*bs:(i+1)*bs], to[i*bs:(i+1)*bs]
-				if bytes.Equal(f, t) {
+				if at+i < c.from.blocks && bytes.Equal(f, t) {
 					continue
 				}
 				if err := do(at+i, f, t); err != nil {
@@ -121,10 +122,13 @@ func (c *comparison) differing(s spans, do func(block uint64, from, to []byte) e
 func (c *comparison) records() error {
 	size := c.to.inodeSize
 	per := uint32(c.to.blockSize / size)
-	for n := range c.to.groups {
+	for n := range min(len(c.from.groups), len(c.to.groups)) {
 		table := c.to.groups[n].inodeTable
 		if table != c.from.groups[n].inodeTable {
-			return c.to.cannot("the inode table of group %d has moved", n)
+			if err := c.movedTable(uint64(n)); err != nil {
+				return err
+			}
+			continue
 		}
 		err := c.differing(c.changed.within(table, table+c.to.tableBlocks()), func(block uint64, from, to []byte) error {
 			first := uint32(n)*c.to.inodesPerGroup + uint32(block-table)*per + 1
@@ -147,6 +151,32 @@ func (c *comparison) records() error {
 	return nil
 }
 
+// movedTable compares the inodes of a group that has its table elsewhere, as it may in two file
+// systems that became larger each for itself.
+func (c *comparison) movedTable(n uint64) error {
+	if err := c.ctx.Err(); err != nil {
+		return err
+	}
+	for i := range max(c.from.mostInUse(n), c.to.mostInUse(n)) {
+		ino := uint32(n)*c.to.inodesPerGroup + i + 1
+		f, err := c.from.inodeRecord(ino)
+		if err != nil {
+			return err
+		}
+		t, err := c.to.inodeRecord(ino)
+		if err != nil {
+			return err
+		}
+		if bytes.Equal(f, t) {
+			continue
+		}
+		if err := c.differ(ino, f, t); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // differ takes an inode for changed, unless neither file system has it in use.
 func (c *comparison) differ(ino uint32, from, to []byte) error {
 	f, err := c.from.parse(ino, from)
@@ -163,9 +193,8 @@ func (c *comparison) differ(ino uint32, from, to []byte) error {
 // bitmaps adds the inodes that only one file system has in use, whatever their
 // records are.
 func (c *comparison) bitmaps() error {
-	for n := range c.to.groups {
-		f, t := &c.from.groups[n], &c.to.groups[n]
-		if f.flags == t.flags && f.unused == t.unused && f.inodeBitmap == t.inodeBitmap && !c.changed.has(t.inodeBitmap) {
+	for n := range max(len(c.from.groups), len(c.to.groups)) {
+		if c.sameInUse(n) {
 			continue
 		}
 		if err := c.ctx.Err(); err != nil {
@@ -180,6 +209,19 @@ func (c *comparison) bitmaps() error {
 	return nil
 }
 
+// sameInUse reports whether a group is seen, without a look at its inodes, to have the same
+// ones in use in both file systems.
+func (c *comparison) sameInUse(n int) bool {
+	if n >= len(c.from.groups) {
+		return c.to.groups[n].flags&groupInodeUninit != 0
+	}
+	if n >= len(c.to.groups) {
+		return c.from.groups[n].flags&groupInodeUninit != 0
+	}
+	f, t := &c.from.groups[n], &c.to.groups[n]
+	return f.flags == t.flags && f.unused == t.unused && f.inodeBitmap == t.inodeBitmap && !c.changed.has(t.inodeBitmap)
+}
+
 func (c *comparison) inUse(ino uint32) error {
 	f, err := c.from.used(ino)
 	if err != nil {
@@ -190,10 +232,10 @@ func (c *comparison) inUse(ino uint32) error {
 		return err
 	}
 	p := &pair{}
-	if p.from, err = c.from.inode(ino); err != nil {
+	if p.from, err = c.from.inodeIfAny(ino); err != nil {
 		return err
 	}
-	p.to, err = c.to.inode(ino)
+	p.to, err = c.to.inodeIfAny(ino)
 	c.inodes[ino] = p
 	return err
 }
@@ -241,10 +283,23 @@ func (c *comparison) explain() error {
 	})
 }
 
+// The inode that has the blocks that are reserved for more descriptors, by a map as ext3
+// has it: the block that lists them is no fixed one, those that are listed are.
+const (
+	resizeInode    = 7
+	doubleIndirect = 13 * 4 // where its record has the number of that block
+)
+
 // owned are blocks of inodes.
 type owned spans
 
 func (o *owned) take(v *volume, n *inode) error {
+	if n.ino == resizeInode && n.flags&flagExtents == 0 {
+		if b := le.Uint32(n.tree[doubleIndirect:]); b != 0 {
+			(*spans)(o).add(uint64(b), 1)
+		}
+		return nil
+	}
 	extents, nodes, err := v.mapped(n)
 	if err != nil {
 		return err

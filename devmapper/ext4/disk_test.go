@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -66,7 +67,7 @@ func (d disk) copy() disk {
 	defer to.Close()
 	d.check(to.Truncate(st.Size()))
 	buf, zeros := make([]byte, 1<<16), make([]byte, 1<<16)
-	for off := int64(0); off < st.Size(); off += int64(len(buf)) {
+	for off := nextData(0, len(buf), from); off < st.Size(); off = nextData(off+int64(len(buf)), len(buf), from) {
 		n, err := from.ReadAt(buf, off)
 		if err != nil && err != io.EOF {
 			d.Fatal(err)
@@ -77,6 +78,22 @@ func (d disk) copy() disk {
 		}
 	}
 	return c
+}
+
+// nextData is the first block at or after off that is not a hole in all of the files.
+func nextData(off int64, block int, files ...*os.File) int64 {
+	const seekData = 3
+	next := int64(math.MaxInt64)
+	for _, f := range files {
+		at, err := f.Seek(off, seekData)
+		switch {
+		case err == nil:
+			next = min(next, at/int64(block)*int64(block))
+		case !errors.Is(err, syscall.ENXIO): // a device
+			next = off
+		}
+	}
+	return max(next, off)
 }
 
 // mount shows a disk until the returned function is called.
@@ -125,7 +142,34 @@ func (d disk) fsck() {
 	}
 }
 
-// differences are the blocks of a size at which two disks differ.
+// grow makes the disk and its file system larger: by the kernel where it lets us, or by
+// resize2fs.
+func (d disk) grow(size int64, offline bool) {
+	d.Helper()
+	d.check(os.Truncate(d.name, size))
+	if !offline {
+		d.change(func(dir string) {
+			root, err := sys.OpenDir(dir)
+			d.check(err)
+			defer root.Close()
+			s, err := root.Statfs()
+			d.check(err)
+			err = root.GrowExt4(uint64(size / s.BlockSize))
+			offline = errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EOPNOTSUPP) // root in a container; sparse_super2
+			if !offline {
+				d.check(err)
+			}
+		})
+	}
+	if offline {
+		if out, err := exec.Command(testenv.Program(d, "resize2fs", "e2fsprogs"), "-f", d.name).CombinedOutput(); err != nil {
+			d.Fatalf("resize2fs: %v\n%s", err, out)
+		}
+	}
+}
+
+// differences are the blocks of a size at which two disks differ; what only one has differs
+// where it is not zero.
 func differences(a, b disk, block int) []Range {
 	a.Helper()
 	var out []Range
@@ -133,16 +177,24 @@ func differences(a, b disk, block int) []Range {
 	f, g := a.open(), b.open()
 	defer f.Close()
 	defer g.Close()
-	for off := int64(0); ; off += int64(block) {
-		n, err := f.ReadAt(x, off)
-		if n == 0 {
+	for off := nextData(0, block, f, g); ; off = nextData(off+int64(block), block, f, g) {
+		if off == math.MaxInt64 {
 			return out
 		}
+		clear(x)
+		clear(y)
+		n, err := f.ReadAt(x, off)
 		if err != nil && err != io.EOF {
 			a.Fatal(err)
 		}
-		m, _ := g.ReadAt(y, off)
-		if bytes.Equal(x[:n], y[:m]) {
+		m, err := g.ReadAt(y, off)
+		if err != nil && err != io.EOF {
+			a.Fatal(err)
+		}
+		if n+m == 0 {
+			return out
+		}
+		if bytes.Equal(x, y) {
 			continue
 		}
 		if l := len(out); l > 0 && out[l-1].Offset+out[l-1].Length == off {

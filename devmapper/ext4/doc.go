@@ -65,12 +65,15 @@
 // That an inode number may have been given to another file since changes nothing: what is compared is what is there,
 // not what it once was.
 //
+// One of the two may have been made larger, or both. Growth leaves all that is there in its place; the groups that only
+// one has are compared as if the other had none of their inodes and blocks in use.
+//
 // # What cannot be told
 //
 // Changed answers with ErrCannotTell, and the reason, when something is not understood or not as it should be: inline_data,
 // ea_inode, casefold, encrypt, verity, bigalloc, and any feature unknown here; block maps of ext3; a journal that needs
 // recovery; a file system that was not unmounted and has no journal, or is marked as having errors; two that are not of one
-// identity and size; checksums that are wrong (superblock, descriptors, bitmaps, inodes, extents, directories); damage of any
+// identity; checksums that are wrong (superblock, descriptors, bitmaps, inodes, extents, directories); damage of any
 // kind that it meets. The caller walks both trees then, which is always right. Damage can neither loop nor
 // make it hold more than the blocks that it was led to: nodes of extents ascend, and reads are counted.
 package ext4

@@ -38,6 +38,15 @@ func (v *volume) inode(ino uint32) (*inode, error) {
 	if ino == 0 || ino > v.inodes {
 		return nil, v.cannot("inode %d of %d", ino, v.inodes)
 	}
+	b, err := v.inodeRecord(ino)
+	if err != nil {
+		return nil, err
+	}
+	return v.parse(ino, b)
+}
+
+// inodeRecord reads the record of an inode that there is.
+func (v *volume) inodeRecord(ino uint32) ([]byte, error) {
 	g, i := v.place(ino)
 	off := uint64(i) * uint64(v.inodeSize)
 	b, err := v.block(v.groups[g].inodeTable + off/uint64(v.blockSize))
@@ -45,7 +54,16 @@ func (v *volume) inode(ino uint32) (*inode, error) {
 		return nil, err
 	}
 	at := int(off % uint64(v.blockSize))
-	return v.parse(ino, b[at:at+v.inodeSize])
+	return b[at : at+v.inodeSize], nil
+}
+
+// mostInUse is the place behind the last inode of a group that may be in use.
+func (v *volume) mostInUse(n uint64) uint32 {
+	g := &v.groups[n]
+	if g.flags&groupInodeUninit != 0 {
+		return 0
+	}
+	return v.inodesPerGroup - g.unused
 }
 
 // parse takes a record apart; one that is not in use is zero.
@@ -69,8 +87,19 @@ func (v *volume) parse(ino uint32, b []byte) (*inode, error) {
 	return n, nil
 }
 
+// inodeIfAny is inode, and one that is not in use where the file system is too small to have it.
+func (v *volume) inodeIfAny(ino uint32) (*inode, error) {
+	if ino > v.inodes {
+		return &inode{ino: ino}, nil
+	}
+	return v.inode(ino)
+}
+
 // used reports whether the inode bitmap has an inode.
 func (v *volume) used(ino uint32) (bool, error) {
+	if ino > v.inodes {
+		return false, nil
+	}
 	n, i := v.place(ino)
 	g := &v.groups[n]
 	if g.flags&groupInodeUninit != 0 || i >= v.inodesPerGroup-g.unused {
@@ -82,6 +111,9 @@ func (v *volume) used(ino uint32) (bool, error) {
 
 // allocated reports whether the block bitmap has a block.
 func (v *volume) allocated(block uint64) (bool, error) {
+	if block >= v.blocks {
+		return false, nil
+	}
 	n := (block - v.firstData) / v.blocksPerGroup
 	i := (block - v.firstData) % v.blocksPerGroup
 	g := &v.groups[n]

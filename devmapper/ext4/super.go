@@ -52,7 +52,7 @@ const (
 	roKnown       = roSparseSuper | roLargeFile | 0x4 | 0x8 | roGdtCsum | roDirNlink | 0x40 | 0x100 | roMetadataCsum | 0x1000 | 0x2000 | roOrphanPresent
 )
 
-// geometry is what two file systems must have in common.
+// geometry is what two file systems must have in common, but for growth.
 type geometry struct {
 	uuid             [16]byte
 	blocks           uint64
@@ -73,6 +73,15 @@ type geometry struct {
 	ro               uint32
 	systemInodes     [5]uint32 // journal, quotas, orphans
 	seed             uint32    // of checksums
+}
+
+// grown is a geometry without what changes when the kernel, or resize2fs, makes a file
+// system larger: what is there stays where it is, and groups come behind it.
+func (g geometry) grown() geometry {
+	g.blocks, g.inodes, g.reservedGDT, g.firstMetaBG = 0, 0, 0, 0
+	g.compat &^= compatResizeInode // reserved blocks that are used up
+	g.incompat &^= incompatMetaBG
+	return g
 }
 
 // volume is one file system.
@@ -370,6 +379,20 @@ func (v *volume) block(n uint64) ([]byte, error) {
 	if err == nil {
 		*c = cached{n, b}
 	}
+	return b, err
+}
+
+// runIfAny is run, with zeros for what is beyond the end.
+func (v *volume) runIfAny(n, count uint64) ([]byte, error) {
+	if n+count <= v.blocks {
+		return v.run(n, count)
+	}
+	b := make([]byte, count*uint64(v.blockSize))
+	if n >= v.blocks {
+		return b, nil
+	}
+	have, err := v.run(n, v.blocks-n)
+	copy(b, have)
 	return b, err
 }
 
