@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -28,8 +29,8 @@ type fileSystem struct {
 	name  string
 	least int64 // bytes, of the smallest one
 
-	program, from string   // makes one, and the package that has it
-	args          []string // of the program, before the device
+	program, from string                     // makes one, and the package that has it
+	args          func(bytes int64) []string // of the program, before the device
 
 	every    []string // options of every mount
 	clean    []string // of one that must not look at the log: the device cannot be written to
@@ -84,13 +85,26 @@ var fileSystems = []*fileSystem{
 // (noinit_itable: of a file system that has grown; while it grows, that same option
 // would have the kernel write the zeros at once);
 // a short journal, as each layer comes to have its own copy; and features that every
-// kernel since 5.10 knows.
-var ext4Args = []string{"-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0", "-J", "size=16", "-O", "^orphan_file,^metadata_csum_seed",
-	"-E", "assume_storage_prezeroed=1,lazy_itable_init=1,packed_meta_blocks=1,nodiscard,root_owner=0:0"}
+// kernel since 5.10 knows. Blocks are reserved for the descriptors of 4 TiB more: growth
+// needs room for all that are reserved in one transaction, which in Linux 6.1 is a quarter of the
+// journal at most, and mke2fs would reserve 1024, just more than that. Where they are used up the
+// kernel does without.
+func ext4Args(bytes int64) []string {
+	extended := "assume_storage_prezeroed=1,lazy_itable_init=1,packed_meta_blocks=1,nodiscard,root_owner=0:0"
+	const asItIs = 4 << 30 // mke2fs reserves for 1024 times the size at most
+	if most := min(bytes+4<<40, mostBytes); bytes > asItIs && bytes < most {
+		extended += fmt.Sprintf(",resize=%d", most/ext4Block)
+	}
+	return []string{"-q", "-F", "-t", "ext4", "-b", strconv.Itoa(ext4Block), "-m", "0", "-J", "size=16", "-O", "^orphan_file,^metadata_csum_seed", "-E", extended}
+}
+
+const ext4Block = 4096
 
 // xfsArgs leave the size of the pool's blocks alone: it would be the unit of each write
 // to the log. Sectors of 4096 bytes suit every device below.
-var xfsArgs = []string{"-q", "-f", "-K", "-d", "noalign", "-s", "size=4096"}
+func xfsArgs(int64) []string {
+	return []string{"-q", "-f", "-K", "-d", "noalign", "-s", "size=4096"}
+}
 
 // knownFS is the file system of a name, the default for none.
 func knownFS(name string) (*fileSystem, error) {
@@ -118,7 +132,7 @@ func (f *fileSystem) find() (string, error) { return thin.FindTool(f.program, f.
 // make makes one on a device.
 func (f *fileSystem) make(ctx context.Context, v thin.Volume) error {
 	if !f.inMemory {
-		return f.run(ctx, thin.Node(v.Name))
+		return f.run(ctx, thin.Node(v.Name), int64(v.Sectors)*512)
 	}
 	image, err := sys.MemFile("layerctl-" + f.program)
 	if err != nil {
@@ -128,7 +142,7 @@ func (f *fileSystem) make(ctx context.Context, v thin.Volume) error {
 	if err := image.Truncate(int64(v.Sectors) * 512); err != nil {
 		return err
 	}
-	if err := f.run(ctx, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), image.Int())); err != nil {
+	if err := f.run(ctx, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), image.Int()), int64(v.Sectors)*512); err != nil {
 		return err
 	}
 	dev, err := sys.Open(thin.Node(v.Name), sys.O_RDWR|sys.O_EXCL, 0)
@@ -142,12 +156,12 @@ func (f *fileSystem) make(ctx context.Context, v thin.Volume) error {
 	return dev.Sync() // the file system does not look at what the device has cached
 }
 
-func (f *fileSystem) run(ctx context.Context, path string) error {
+func (f *fileSystem) run(ctx context.Context, path string, bytes int64) error {
 	program, err := f.find()
 	if err != nil {
 		return err
 	}
-	out, err := exec.CommandContext(ctx, program, append(slices.Clone(f.args), path)...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, program, append(f.args(bytes), path)...).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("%s (of %s): %w: %s", program, f.from, err, strings.TrimSpace(string(out)))
 	}
@@ -203,10 +217,12 @@ func (f *fileSystem) mountToGrow(v thin.Volume) mount.Mount {
 }
 
 func growExt4(root, _ *sys.Fd, bytes int64) error {
-	const block = 4096 // see ext4Args
-	err := root.GrowExt4(uint64(bytes / block))
-	if errors.Is(err, syscall.EPERM) {
+	err := root.GrowExt4(uint64(bytes / ext4Block))
+	switch {
+	case errors.Is(err, syscall.EPERM):
 		err = fmt.Errorf("the kernel makes an ext4 larger for those who have CAP_SYS_RESOURCE: %w", err)
+	case errors.Is(err, syscall.ENOSPC):
+		err = fmt.Errorf("the pool is full, or this kernel wants a larger journal for that, as 6.1 does of file systems that layerctl made at first: %w", err)
 	}
 	return err
 }

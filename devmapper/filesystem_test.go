@@ -1,6 +1,8 @@
 package devmapper
 
 import (
+	"encoding/binary"
+	"errors"
 	"os"
 	"slices"
 	"strings"
@@ -11,6 +13,7 @@ import (
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/drivertest"
 	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/layer"
 )
 
@@ -125,6 +128,42 @@ func TestCommitOfMountedXFS(t *testing.T) {
 	}
 	b.file(base, "d/kept", "kept")
 	b.remove(1)
+}
+
+// A kernel like 6.1 makes an ext4 larger that has fewer blocks reserved for descriptors than a
+// quarter of its journal has, which is of 4096 blocks.
+func TestReservedDescriptorsFitTheJournal(t *testing.T) {
+	testenv.AnyKernel(t)
+	f, err := knownFS("ext4")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, bytes := range []int64{f.least, 1 << 30, 8 << 30, defaultSize, 100 << 30} {
+		file := t.TempDir() + "/disk"
+		err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, bytes))
+		if err == nil {
+			err = f.run(t.Context(), file, bytes)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		disk, err := os.Open(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var reserved [2]byte
+		const at = 1024 + 0xCE // s_reserved_gdt_blocks
+		_, err = disk.ReadAt(reserved[:], at)
+		disk.Close()
+		if n := binary.LittleEndian.Uint16(reserved[:]); err != nil || n > 1000 {
+			t.Errorf("%d bytes: %d blocks are reserved, %v", bytes, n, err)
+		}
+	}
+	for bytes, want := range map[int64]string{5 << 40: "resize=2415919104", 14 << 40: "resize=4294967296", mostBytes: ""} {
+		if all := strings.Join(f.args(bytes), " "); !strings.Contains(all, want) || strings.Contains(all, "resize=") != (want != "") {
+			t.Errorf("%d bytes: %s, want %q", bytes, all, want)
+		}
+	}
 }
 
 func TestFileSystemErrors(t *testing.T) {

@@ -139,7 +139,7 @@ func (d *driver) templateSize(f *fileSystem, asked int64) (int64, error) {
 
 // fillTemplate makes the file system on a thin device without blocks.
 func (d *driver) fillTemplate(ctx context.Context, c *thin.Change, f *fileSystem, size int64, id uint32) (template, error) {
-	t := template{FS: f.name, Bytes: size, Thin: id, Tool: f.program + " " + strings.Join(f.args, " ")}
+	t := template{FS: f.name, Bytes: size, Thin: id, Tool: f.program + " " + strings.Join(f.args(size), " ")}
 	v := d.private(id, t.sectors(), false)
 	if err := c.Activate(ctx, v); err != nil {
 		return t, err

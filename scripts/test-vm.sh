@@ -35,4 +35,4 @@ in_guest new -skip "TestDriver/ext4/a_deep_stack|TestContainerdSuite/128Layers|T
 in_guest new -run 'TestQuota$' ./overlay
 in_guest stable -run 'TestQuota$' ./overlay
 in_guest stable -skip TestProcessDiesAtEach ./mount ./devmapper/dm ./devmapper/thin ./devmapper/metadata
-in_guest stable -short -run 'TestDriver$/.*/(new_layer|child|commit|remove|view|containerd|closed|two_open|usage)' ./devmapper
+in_guest stable -short -run 'TestDriver$/.*/(new_layer|child|commit|remove|view|containerd|closed|two_open|usage|quota)' ./devmapper
