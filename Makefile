@@ -11,7 +11,7 @@ ifeq ($(shell id -u),0)
 export LAYERCTL_EXPECT := root
 endif
 
-.PHONY: test-btrfs-profiles test-power-cuts differential test-vm all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman suite-podman-times images install man clean
+.PHONY: crash test-btrfs-profiles test-power-cuts differential test-vm all build demo test check deps lint fmt vet staticcheck race fuzz floors peers stress fuzz-long bench bench-fuse suite-pjdfstest suite-unionmount suite-xfstests-generic suite-xfstests-overlay suite-fsx suite-stress-ng suite-podman suite-podman-times images install man clean
 
 all: build
 
@@ -65,6 +65,11 @@ test-power-cuts: deps ## slow: a recorded history of a thin pool's layers, cut a
 	CGO_ENABLED=0 $(GO) build -o $(BIN)/vm ./internal/testenv/vm/cmd
 	LAYERCTL_SEED=$${LAYERCTL_SEED:-$$(date +%s)} LAYERCTL_EXPECT_DM=1 LAYERCTL_CUT_STEPS=30 LAYERCTL_CUT_POINTS=600 $(GO) test -count=1 -timeout 60m \
 		-exec "$(CURDIR)/$(BIN)/vm -kernel new -timeout 60m -memory 3072" -run TestPowerCutAtEveryFlush -v ./devmapper
+
+CRASHES ?= 1000
+crash: deps ## slow, needs root: layerd killed CRASHES times under three clients, over all drivers and file systems, and cut from power
+	@mkdir -p out
+	LAYERCTL_SEED=$${LAYERCTL_SEED:-$$(date +%s)} LAYERCTL_CRASH=$(CRASHES) $(GO) test -count=1 -timeout 120m -run 'TestCrash$$' -v ./cmd/layerd | tee out/crash.log
 
 test-btrfs-profiles: deps ## slow, needs root: the btrfs driver on 4 KiB nodes, DUP, zstd, qgroups, simple quotas, nearly full
 	scripts/btrfs-profiles.sh

@@ -9,6 +9,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 
 	"github.com/layerctl/layerctl/drivers"
+	"github.com/layerctl/layerctl/internal/faults"
 )
 
 // committer runs the write transactions of a burst as one, with one flush. A
@@ -202,8 +203,11 @@ func tryBatch(db *bolt.DB, batch []*call) error {
 	if !wrote {
 		return nil
 	}
+	// These belong to no call, so only who asks for the steps of the process sees them.
+	_ = faults.Point(context.Background(), "store: records: to be written")
 	if err := tx.Commit(); err != nil {
 		return fmt.Errorf("%w: %w", errUnsure, dbError("commit", err))
 	}
+	_ = faults.Point(context.Background(), "store: records: written")
 	return nil
 }

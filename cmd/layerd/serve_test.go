@@ -32,14 +32,21 @@ import (
 // snapshotter is a client's of layerd.
 func (e *world) snapshotter(name string) snapshots.Snapshotter {
 	e.t.Helper()
+	conn := e.dial()
+	e.t.Cleanup(func() { conn.Close() })
+	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), name)
+}
+
+// dial returns a connection to layerd.
+func (e *world) dial() *grpc.ClientConn {
+	e.t.Helper()
 	path := filepath.Join(e.dir, "layerd.sock")
 	conn, err := grpc.NewClient("passthrough:///"+path, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", path)
 		}))
 	must(e.t, err)
-	e.t.Cleanup(func() { conn.Close() })
-	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), name)
+	return conn
 }
 
 // logged waits until the log has a text.

@@ -4,7 +4,8 @@
 // or ends the process. Without a hook a Point costs one look into the context.
 //
 // A hook belongs to a context and not to the process, so tests that run at the
-// same time do not meet.
+// same time do not meet. A program that a test runs as a process of its own, whose
+// calls come from outside and bring no context, has one for all: Everywhere.
 package faults
 
 import "context"
@@ -20,10 +21,23 @@ func With(ctx context.Context, h Hook) context.Context {
 	return context.WithValue(ctx, hookKey{}, h)
 }
 
+// everywhere is called at every Point of the process; nil where nobody asked.
+var everywhere Hook
+
+// Everywhere has h called at each Point of this process, whatever the context, before
+// the context's own hook. It is for the first line of a test's main function, when
+// nothing else runs yet; no program calls it.
+func Everywhere(h Hook) { everywhere = h }
+
 // Point marks the place between two steps, named by what has been done:
 // "native: create: copied". It returns what the hook says, or else ctx.Err(), so
 // that it is the check of the context, too, that each long step begins with.
 func Point(ctx context.Context, step string) error {
+	if everywhere != nil {
+		if err := everywhere(step); err != nil {
+			return err
+		}
+	}
 	if h, ok := ctx.Value(hookKey{}).(Hook); ok {
 		if err := h(step); err != nil {
 			return err

@@ -40,3 +40,22 @@ func TestHookFailsAndCancels(t *testing.T) {
 		t.Errorf("a hook that cancels: %v", err)
 	}
 }
+
+func TestEverywhereIsAskedFirst(t *testing.T) {
+	boom := errors.New("boom")
+	Everywhere(func(step string) error {
+		if step == "bad" {
+			return boom
+		}
+		return nil
+	})
+	defer Everywhere(nil)
+	var steps []string
+	ctx := With(t.Context(), func(step string) error { steps = append(steps, step); return nil })
+	if err := Point(ctx, "bad"); err != boom {
+		t.Errorf("the process's hook: %v", err)
+	}
+	if err := Point(ctx, "good"); err != nil || !slices.Equal(steps, []string{"good"}) {
+		t.Errorf("%v, the context's hook saw %q", err, steps)
+	}
+}

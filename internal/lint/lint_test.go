@@ -237,6 +237,24 @@ func TestNoExitNoInit(t *testing.T) {
 	}
 }
 
+// TestNoProgramHasFaults: hooks at the steps of a change are for tests, and no program
+// that is shipped sets one.
+func TestNoProgramHasFaults(t *testing.T) {
+	for _, f := range files(t) {
+		if f.test || f.folder == "internal/faults" || f.folder == "drivers/drivertest" {
+			continue
+		}
+		ast.Inspect(f.ast, func(n ast.Node) bool {
+			if s, ok := n.(*ast.SelectorExpr); ok {
+				if x, ok := s.X.(*ast.Ident); ok && x.Name == "faults" && s.Sel.Name != "Point" {
+					t.Errorf("%s: faults.%s is for tests", f.fset.Position(n.Pos()), s.Sel.Name)
+				}
+			}
+			return true
+		})
+	}
+}
+
 // TestExportedNamesAreDocumented in everything an engine can import.
 func TestExportedNamesAreDocumented(t *testing.T) {
 	packageDoc := map[string]bool{}
