@@ -244,6 +244,29 @@ func TestPoolGrowsWhenItRunsLow(t *testing.T) {
 	b.drop(p, v)
 }
 
+// A pool whose watch fails is watched again, and made larger if it ran low meanwhile.
+func TestPoolGrowsAfterItsWatchFailed(t *testing.T) {
+	b := newBench(t)
+	p := b.open(b.fileSystem(512*mib), Options{DataBytes: 16 * mib})
+	p.stop()
+	p.watching.Wait()
+	before := b.status(p)
+	v := b.volume(p, 0)
+	b.check(b.write(v, 0, 'x', 14*mib))
+	broken, err := dm.Watch()
+	b.check(err)
+	b.check(broken.Close())
+	ctx, stop := context.WithCancel(context.Background())
+	p.stop = stop
+	p.watching.Go(func() { p.follow(ctx, broken) })
+	for end := time.Now().Add(time.Minute); b.status(p).DataTotal == before.DataTotal; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it does not grow")
+		}
+	}
+	b.drop(p, v)
+}
+
 func (b *bench) drop(p *Pool, v Volume) {
 	b.Helper()
 	b.check(p.Release(b.Context(), v.Name, time.Minute))

@@ -10,6 +10,9 @@ import (
 // lookEvery is how long a pool may be suspended that nobody tells of.
 const lookEvery = 2 * time.Second
 
+// watchAgain is how long a watch that failed is left alone.
+const watchAgain = time.Second
+
 // watch begins to make the pool larger when it runs low, and to resume it when a process has
 // died that had it suspended.
 func (p *Pool) watch() error {
@@ -19,14 +22,39 @@ func (p *Pool) watch() error {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	p.stop = stop
-	p.watching.Go(func() {
-		defer e.Close()
-		for e.Wait(ctx) == nil { // an event of any device
-			_ = p.grow(context.WithoutCancel(ctx)) // what cannot be done shows in the pool's status
-		}
-	})
+	p.watching.Go(func() { p.follow(ctx, e) })
 	p.watching.Go(func() { p.lookAfter(ctx) })
 	return nil
+}
+
+// follow looks after the pool's size at every event of any device until ctx ends, and closes e. A
+// watch that fails is begun again, with a look at what it may have missed.
+func (p *Pool) follow(ctx context.Context, e *dm.Events) {
+	for {
+		err := e.Wait(ctx)
+		if err != nil {
+			e.Close()
+			e = watchLater(ctx)
+		}
+		if e == nil {
+			return
+		}
+		_ = p.grow(context.WithoutCancel(ctx)) // what cannot be done shows in the pool's status
+	}
+}
+
+// watchLater begins a watch again; nil when ctx ends before it can.
+func watchLater(ctx context.Context) *dm.Events {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(watchAgain):
+		}
+		if e, err := dm.Watch(); err == nil {
+			return e
+		}
+	}
 }
 
 // lookAfter resumes the pool if a process died that had it suspended: there is no event of that.
