@@ -67,7 +67,7 @@ const (
 // fileSystems are those that there are, the default first.
 var fileSystems = []*fileSystem{
 	{
-		name: "ext4", least: 16 << 20,
+		name: "ext4", least: 40 << 20,
 		program: "mke2fs", from: "e2fsprogs, 1.47 or newer", args: ext4Args,
 		clean: []string{"noload"}, writable: []string{"discard", "noinit_itable"}, volatile: []string{"nobarrier"}, growing: []string{"discard"},
 		identify: identifyExt4, grow: growExt4, byBlocks: true,
