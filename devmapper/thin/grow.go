@@ -112,32 +112,28 @@ const mostMetadata = 255 * (1 << 14) * 4096
 // growFile makes a file half as large again, and its loop device, which has so many bytes, as
 // large, as far as what its file system has free covers that and the holes that it has already.
 func (p *Pool) growFile(ctx context.Context, name string, loop *sys.Fd, bytes int64) (short, err error) {
-	f, err := p.root.Openat(name, sys.O_RDWR|sys.O_NOFOLLOW, 0)
+	f, err := p.openFile(name)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	st, err := f.Stat("")
-	if err != nil {
-		return nil, err
-	}
-	if st.Size/sector > bytes/sector { // a process died that had come so far
-		return p.enlarge(ctx, f, st.Size, loop)
+	if f.size/sector > bytes/sector { // a process died that had come so far
+		return p.enlarge(ctx, f.Fd, f.size, loop)
 	}
 	free, err := freeBytes(p.root)
 	if err != nil {
 		return nil, err
 	}
-	room := free - keepFree - max(0, st.Size-st.Blocks*sector)
-	step := max(st.Size/2, leastStep)
+	room := free - keepFree - f.holes
+	step := max(f.size/2, leastStep)
 	if name == metadataFile {
-		step = st.Size / 2
+		step = f.size / 2
 	}
 	step = min(step, room) / p.rec.Block * p.rec.Block
 	if step <= 0 {
 		return fmt.Errorf("%s cannot grow, %d bytes are free on its file system: %w", f.Name(), free, errNoSpace), nil
 	}
-	return p.enlarge(ctx, f, st.Size+step, loop)
+	return p.enlarge(ctx, f.Fd, f.size+step, loop)
 }
 
 // enlarge gives a file, and the loop device on it, so many bytes.

@@ -1,6 +1,7 @@
 package thin
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"os"
@@ -242,6 +243,41 @@ func TestPoolGrowsWhenItRunsLow(t *testing.T) {
 	}
 	b.wantByte(v, 47*mib, 'x')
 	b.drop(p, v)
+}
+
+// Who has a layer mounted when the last process leaves its pool can write what the file system
+// below has room for, also more than the pool had, and its metadata could map.
+func TestPoolIsLargeWhenNobodyIsLeft(t *testing.T) {
+	b := newBench(t)
+	dir := b.fileSystem(512 * mib)
+	p := b.open(dir, Options{DataBytes: 16 * mib, MetadataBytes: 2 * mib})
+	v := b.volume(p, 0)
+	f, err := os.OpenFile(Node(v.Name), os.O_WRONLY|os.O_SYNC, 0)
+	b.check(err)
+	defer f.Close()
+	b.check(p.Close())
+	ctl, err := dm.Open()
+	b.check(err)
+	defer ctl.Close()
+	p.ctl = ctl
+	s := b.status(p)
+	if have := int64(s.DataTotal) * p.BlockBytes(); have < 300*mib || have > 512*mib {
+		t.Errorf("the pool has %d MiB", have/mib)
+	}
+	if blocks := s.DataTotal - s.DataUsed; blocks*mappingBytes/2 > (s.MetadataTotal-s.MetadataUsed)*4096 {
+		t.Errorf("metadata for less than the data: %+v", s)
+	}
+	if p.suspended() {
+		t.Error("suspended")
+	}
+	for off := int64(0); off < 48*mib; off += 16 * mib { // more than it had
+		_, err := f.WriteAt(bytes.Repeat([]byte{'x'}, 16*mib), off)
+		b.check(err)
+	}
+	b.check(f.Close())
+	q := b.open(dir, Options{})
+	b.wantByte(v, 47*mib, 'x')
+	b.drop(q, v)
 }
 
 // A pool whose watch fails is watched again, and made larger if it ran low meanwhile.

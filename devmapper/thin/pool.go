@@ -318,7 +318,8 @@ func (p *Pool) healthy() error {
 }
 
 // Close ends the use of the pool. Without another user thin devices that nobody
-// has open are removed, and then, if there is none, the pool's. A second Close does
+// has open are removed, and then, if there is none, the pool's. A pool on files that stays, as a device
+// is open, is made as large as there is room for: nobody will do so when it runs low. A second Close does
 // nothing.
 func (p *Pool) Close() (err error) {
 	p.closed.Do(func() {
@@ -344,7 +345,12 @@ func (p *Pool) leave() error {
 		return err
 	}
 	defer last.Close()
-	return p.Exclusive(context.Background(), (*Change).dismantle)
+	ctx := context.Background()
+	if err := p.Exclusive(ctx, (*Change).dismantle); err != nil {
+		return err
+	}
+	_ = p.growAhead(ctx) // or it is as large as it is
+	return nil
 }
 
 func (p *Pool) letGo() {
