@@ -10,8 +10,8 @@ import (
 // noFchmodat2 is set once the kernel has said that it lacks fchmodat2(2) (6.6).
 var noFchmodat2 atomic.Bool
 
-// ChmodBare sets the mode (07777) of name below dir, which the caller knows not to
-// be a symlink; from 6.6 on the kernel checks that.
+// ChmodBare sets the mode (07777) of name below dir; EOPNOTSUPP where that is a symlink,
+// which is never followed.
 func ChmodBare(dir int, name string, mode uint32) error {
 	if name == "" {
 		return chmodOpen(dir, mode)
@@ -30,8 +30,13 @@ func ChmodBare(dir int, name string, mode uint32) error {
 			return bare(e)
 		}
 	}
-	_, _, e := unix.Syscall(unix.SYS_FCHMODAT, uintptr(dir), uintptr(unsafe.Pointer(&c)), uintptr(mode))
-	return bare(e)
+	// fchmodat(2) would follow a symlink that somebody has put there.
+	n, err := OpenBare(dir, name, unix.O_PATH, 0)
+	if err != nil {
+		return err
+	}
+	defer CloseBare(n)
+	return chmodOpen(n, mode)
 }
 
 func chmodOpen(n int, mode uint32) error {

@@ -85,6 +85,24 @@ func TestBareNamesAndStat(t *testing.T) {
 	}
 }
 
+// Chmod of a symlink changes nothing, on kernels without fchmodat2(2) either.
+func TestBareChmodFollowsNoSymlink(t *testing.T) {
+	path, dir, _ := bareDir(t, "tmpfs")
+	d := dir.Int()
+	must(t, os.WriteFile(path+"/f", nil, 0o600))
+	must(t, os.Symlink("f", path+"/l"))
+	for _, old := range []bool{false, true} {
+		defer sys.SetNoFchmodat2(sys.SetNoFchmodat2(old))
+		if err := sys.ChmodBare(d, "l", 0o777); !errors.Is(err, syscall.EOPNOTSUPP) {
+			t.Errorf("old kernel %v: %v", old, err)
+		}
+		must(t, sys.ChmodBare(d, "f", 0o640))
+		if fi, err := os.Stat(path + "/f"); err != nil || fi.Mode() != 0o640 {
+			t.Errorf("old kernel %v: mode %v, %v", old, fi.Mode(), err)
+		}
+	}
+}
+
 // One call sees below a directory, and never through a symlink.
 func TestBareExistsBelow(t *testing.T) {
 	path, _, dir := bareDir(t, "tmpfs")
