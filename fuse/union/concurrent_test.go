@@ -21,7 +21,7 @@ import (
 func TestManyAtOnce(t *testing.T) {
 	testenv.Root(t)
 	base := testenv.FS(t, "tmpfs")
-	rounds, ops := 5, 250
+	rounds, ops := 6, 250
 	if s := os.Getenv("UNION_CONCURRENT_ROUNDS"); s != "" {
 		rounds, _ = strconv.Atoi(s)
 	}
@@ -44,6 +44,9 @@ func TestManyAtOnce(t *testing.T) {
 		c = rc.withUpper(t, dir, "")
 		u := openUnion(t, c)
 		u.shared = true
+		if round < 4 {
+			u.fs.large = 1 // all files are built before the locks are taken
+		}
 		var wg sync.WaitGroup
 		for g := range 8 {
 			wg.Go(func() {

@@ -69,7 +69,7 @@ func (fs *FS) buildFirst(pid uint32, n *Node, what copyWhat) (*building, error) 
 			return nil, err
 		}
 		b := &building{r: fs.requestFor(pid, n, src, what), close: done}
-		if src.stat.Size < largeFile {
+		if src.stat.Size < fs.large {
 			return b, nil
 		}
 		if other := fs.beginBuild(n, b); other != nil {

@@ -51,6 +51,7 @@ type FS struct {
 	table   *table
 	copies  map[nameKey]*Node       // being copied up; under table.mu
 	builds  map[*Node]chan struct{} // whose data are being copied; under table.mu
+	large   int64                   // from what size on files are built so: largeFile
 	spares  atomic.Int32            // nodes with isSpare
 	copyUps atomic.Uint64           // since Open
 	seed    maphash.Seed            // of the cookies of directories
@@ -79,7 +80,7 @@ func Open(ctx context.Context, c Config) (_ *FS, err error) {
 	}
 	c.NoACL = c.NoACL || c.Permissions != PermissionsInode // one is about the owner of the file itself
 	asked := c.NFSExport
-	fs := &FS{config: c, owners: newOwners(&c), table: newTable(), copies: map[nameKey]*Node{}, builds: map[*Node]chan struct{}{}, seed: maphash.MakeSeed()}
+	fs := &FS{config: c, owners: newOwners(&c), table: newTable(), copies: map[nameKey]*Node{}, builds: map[*Node]chan struct{}{}, large: largeFile, seed: maphash.MakeSeed()}
 	defer func() {
 		if err != nil {
 			fs.Close()

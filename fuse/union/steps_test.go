@@ -44,6 +44,7 @@ var changes = []change{
 	{"copy-up by write", Config{}, noop, func(s *unionSide) error {
 		return s.open("d/sub/y", syscall.O_WRONLY, func(*File) error { return nil })
 	}, ""},
+	{"copy-up of a large file", Config{}, noop, func(s *unionSide) error { return s.chmod("d/large", 0o600) }, ""},
 	{"metacopy", Config{Metacopy: true, Redirect: RedirectOn}, noop, func(s *unionSide) error { return s.chown("d/sub/y", 3, 4) }, ""},
 	{name: "metacopy filled in", c: Config{Metacopy: true, Redirect: RedirectOn}, timeless: "d/sub/y:",
 		before: func(s *unionSide) error { return s.chown("d/sub/y", 3, 4) },

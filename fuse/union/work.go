@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"path/filepath"
 	"strconv"
 	"sync/atomic"
 	"syscall"
@@ -160,7 +161,7 @@ func inside(dir, other *sys.Fd) (bool, error) {
 
 // prepare makes workdir what the kernel makes of it at a mount.
 func (u *upper) prepare(c *Config) (err error) {
-	if err := u.refuseIncompat(); err != nil {
+	if err := u.refuseIncompat(c.Work); err != nil {
 		return err
 	}
 	if err := removeTree(u.workdir.Int(), workName); err != nil && err != syscall.ENOENT {
@@ -187,7 +188,7 @@ func (u *upper) prepare(c *Config) (err error) {
 
 // refuseIncompat fails where an earlier mount left word that the upper may only be
 // mounted by who knows what it did.
-func (u *upper) refuseIncompat() error {
+func (u *upper) refuseIncompat(workdir string) error {
 	dir, err := u.workdir.Openat(workName, sys.O_PATH|sys.O_DIRECTORY, 0)
 	if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ENOTDIR) {
 		return nil
@@ -203,7 +204,7 @@ func (u *upper) refuseIncompat() error {
 	if err != nil {
 		return fmt.Errorf("%s/%s: %w", dir.Name(), incompatName, err)
 	}
-	f := sys.NewFd(in, dir.Name()+"/"+incompatName)
+	f := sys.NewFd(in, filepath.Join(workdir, workName, incompatName))
 	defer f.Close()
 	names, err := f.ReadDir()
 	if err != nil || len(names) == 0 {
