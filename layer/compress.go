@@ -11,6 +11,8 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/layerctl/layerctl/layer/inflate"
 )
 
 // Compression is how a layer blob is compressed.
@@ -104,7 +106,7 @@ func Decompress(r io.Reader, lim Limits) (io.ReadCloser, Compression, error) {
 	case None:
 		return io.NopCloser(in), None, nil
 	case Gzip:
-		z, err := gzip.NewReader(in)
+		z, err := inflate.NewReader(in)
 		if err != nil {
 			return nil, "", fmt.Errorf("layer: decompress: %w", src.blame(name, err))
 		}

@@ -37,6 +37,7 @@ var level = map[string]int{
 	"internal/lint":           1,
 	"mount":                   2,
 	"layer":                   2,
+	"layer/inflate":           1,
 	"devmapper/dm":            1,
 	"devmapper/thin":          2,
 	"devmapper/dmtest":        2,
