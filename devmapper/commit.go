@@ -217,7 +217,7 @@ func (d *driver) snapshotOf(ctx context.Context, id drivers.ID, l *record) (t te
 		if !suspended {
 			return
 		}
-		resumeErr := d.pool.Resume(context.WithoutCancel(ctx), name)
+		resumeErr := d.pool.Resume(name)
 		if errdefs.IsNotFound(resumeErr) { // removed, by somebody who found it idle: what was written is in the snapshot
 			resumeErr = nil
 		}

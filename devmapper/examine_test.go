@@ -161,7 +161,7 @@ func TestExamineRemovesOrphanDevices(t *testing.T) {
 	alive := []string{fmt.Sprintf("%s-%d-1", pids, os.Getppid()), fmt.Sprintf("%s0.1.7-%d-1", b.pool.Prefix(), dead.Process.Pid), b.deviceName(1, 1)}
 	for _, name := range append(slices.Clone(orphans), alive...) {
 		b.check(b.pool.Exclusive(t.Context(), func(c *thin.Change) error {
-			return c.Activate(t.Context(), thin.Volume{Name: name, ID: 1, Sectors: 2048, ReadOnly: true})
+			return c.Activate(thin.Volume{Name: name, ID: 1, Sectors: 2048, ReadOnly: true})
 		}))
 	}
 	theirs := b.deviceName(98, 1)

@@ -71,7 +71,7 @@ func (d *driver) activate(ctx context.Context, id drivers.ID, v thin.Volume) err
 		if err := dir.Utimes(id.String(), now, now); err != nil {
 			return err
 		}
-		return c.Activate(ctx, v)
+		return c.Activate(v)
 	})
 }
 
@@ -142,7 +142,7 @@ func (d *driver) resumeLeft(ctx context.Context, name string) error {
 	if i, err := d.pool.Info(name); err != nil || !i.Suspended {
 		return nil
 	}
-	return d.pool.Resume(ctx, name)
+	return d.pool.Resume(name)
 }
 
 // Owner takes what Mounts made and what mountinfo shows of it.

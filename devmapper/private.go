@@ -60,7 +60,7 @@ func (d *driver) ownerDied(device string) bool {
 
 // shown calls f while a private device is there.
 func (d *driver) shown(ctx context.Context, v thin.Volume, f func() error) error {
-	if err := d.pool.Exclusive(ctx, func(c *thin.Change) error { return c.Activate(ctx, v) }); err != nil {
+	if err := d.pool.Exclusive(ctx, func(c *thin.Change) error { return c.Activate(v) }); err != nil {
 		return err
 	}
 	err := f()

@@ -141,10 +141,14 @@ func (d *driver) templateSize(f *fileSystem, asked int64) (int64, error) {
 func (d *driver) fillTemplate(ctx context.Context, c *thin.Change, f *fileSystem, size int64, id uint32) (template, error) {
 	t := template{FS: f.name, Bytes: size, Thin: id, Tool: f.program + " " + strings.Join(f.args(size), " ")}
 	v := d.private(id, t.sectors(), false)
-	if err := c.Activate(ctx, v); err != nil {
-		return t, err
+	err := c.Activate(v)
+	if err == nil {
+		err = c.Seen(ctx) // mkfs is run with the pool's lock
 	}
-	err := t.make(ctx, f, v)
+	if err != nil {
+		return t, errors.Join(err, c.Deactivate(v.Name))
+	}
+	err = t.make(ctx, f, v)
 	if dropErr := deactivateSoon(c, v.Name); err == nil {
 		err = dropErr
 	}

@@ -18,6 +18,7 @@ const (
 	cookieMagic       = 0x0d4d
 	cookieMask        = 0xffff
 	udevPrimarySource = 0x0040 // this program, not a coldplug, is why
+	udevNameOnly      = 0x000e // no rules of subsystems, disks and others: nobody scans it, no link is made of its UUID
 	udevControl       = "/run/udev/control"
 
 	cookieTries = 100
@@ -90,7 +91,7 @@ func (c *Control) announced(cmd uint32, name string, flags uint32, data []byte) 
 	if err := c.cookie.sem.Add(1); err != nil {
 		return callError(cmd, name, fmt.Errorf("udev cookie: %w", err))
 	}
-	h, _, err := c.call(cmd, header{name: name, flags: flags, event: udevPrimarySource<<16 | c.cookie.base}, data)
+	h, _, err := c.call(cmd, header{name: name, flags: flags, event: (udevPrimarySource|udevNameOnly)<<16 | c.cookie.base}, data)
 	if err != nil || h.flags&DM_UEVENT_GENERATED_FLAG == 0 {
 		return errors.Join(err, c.cookie.sem.Add(-1)) // udev hears of nothing
 	}

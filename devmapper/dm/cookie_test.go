@@ -71,6 +71,15 @@ func TestCookieWaitsForUdev(t *testing.T) {
 	if all := b.dmsetup("udevcookies"); strings.Count(all, "0x") == 0 {
 		t.Errorf("dmsetup sees no cookie: %s", all)
 	}
+	flags := b.dmsetup("udevflags", cookie)
+	for _, f := range []string{"PRIMARY_SOURCE", "DISABLE_SUBSYSTEM_RULES", "DISABLE_DISK_RULES", "DISABLE_OTHER_RULES"} {
+		if !strings.Contains(flags, "DM_UDEV_"+f+"_FLAG='1'") {
+			t.Errorf("no %s in %s", f, flags)
+		}
+	}
+	if strings.Contains(flags, "DISABLE_DM_RULES") {
+		t.Errorf("no node: %s", flags)
+	}
 	b.dmsetup("udevcomplete", cookie)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()

@@ -174,7 +174,7 @@ func (c *Change) activatePool(ctx context.Context) error {
 		}
 		return p.goOn()
 	}
-	if err := p.load(ctx); err != nil {
+	if err := c.load(ctx); err != nil {
 		_ = p.ctl.Remove(p.name, false)
 		return fmt.Errorf("pool %s (the kernel's log says more): %w", p.name, err)
 	}
@@ -203,7 +203,8 @@ func (r *record) refuseInUse() error {
 }
 
 // load gives the pool's device its table and lets it go.
-func (p *Pool) load(ctx context.Context) error {
+func (c *Change) load(ctx context.Context) error {
+	p := c.pool
 	if err := faults.Point(ctx, "thin: open: device created"); err != nil {
 		return err
 	}
@@ -230,13 +231,13 @@ func (p *Pool) load(ctx context.Context) error {
 	if err := faults.Point(ctx, "thin: open: table loaded"); err != nil {
 		return err
 	}
-	err = p.announced(ctx, func(c *dm.Control) error {
+	err = c.announced(func(ctl *dm.Control) error {
 		lock, err := p.growing() // in the middle of it the pool looks as if it were left suspended
 		if err != nil {
 			return err
 		}
 		defer lock.Close()
-		return c.Resume(p.name)
+		return ctl.Resume(p.name)
 	})
 	if err != nil {
 		return err

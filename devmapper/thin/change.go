@@ -20,6 +20,8 @@ import (
 type Change struct {
 	pool *Pool
 	lock *sys.Fd
+	// waits end when udev has seen what was done, or with their context.
+	waits []func(context.Context) error
 }
 
 // Claim tells other processes, before ids are given out, that they are, and reports
@@ -108,9 +110,9 @@ type Volume struct {
 // Node is the path of a device's node.
 func Node(name string) string { return "/dev/mapper/" + name }
 
-// Activate makes v's device if it is not there. Idempotent. One that is suspended
-// stays so.
-func (c *Change) Activate(ctx context.Context, v Volume) error {
+// Activate makes v's device if it is not there; where udev runs its node is there when Exclusive
+// returns, or after Seen. Idempotent. One that is suspended stays so.
+func (c *Change) Activate(v Volume) error {
 	p := c.pool
 	i, err := p.ctl.Info(v.Name)
 	if isGone(err) {
@@ -123,7 +125,7 @@ func (c *Change) Activate(ctx context.Context, v Volume) error {
 		err = p.loadThin(v)
 	}
 	if err == nil && !i.ActiveTable {
-		err = p.resume(ctx, v.Name)
+		err = c.announced(func(ctl *dm.Control) error { return ctl.Resume(v.Name) })
 	}
 	if err != nil {
 		_ = p.ctl.Remove(v.Name, false)
@@ -135,7 +137,7 @@ func (c *Change) Activate(ctx context.Context, v Volume) error {
 		}
 		return err
 	}
-	return p.node(v.Name)
+	return c.node(v.Name)
 }
 
 func (p *Pool) loadThin(v Volume) error {
@@ -147,69 +149,23 @@ func (p *Pool) loadThin(v Volume) error {
 	return p.running(func() error { return p.ctl.Load(v.Name, []dm.Target{t}, v.ReadOnly) })
 }
 
-// node makes the device's node where udev does not.
-func (p *Pool) node(name string) error {
-	if dm.UdevRuns() {
-		return nil
-	}
-	i, err := p.ctl.Info(name)
-	if err != nil {
-		return err
-	}
-	_, err = dm.MakeNode(i)
-	return err
-}
-
-// udevPatience bounds the wait for a udev that does not answer.
-const udevPatience = 30 * time.Second
-
-// announced performs a change of which udev hears, and waits until it has seen it.
-func (p *Pool) announced(ctx context.Context, f func(*dm.Control) error) error {
-	if !dm.UdevRuns() {
-		return f(p.ctl)
-	}
-	k, err := dm.NewCookie()
-	if err != nil {
-		return err
-	}
-	err = f(p.ctl.With(k))
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), udevPatience)
-	defer cancel()
-	if waitErr := k.Wait(ctx); err == nil {
-		err = waitErr
-	}
-	return err
-}
-
-func (p *Pool) resume(ctx context.Context, name string) error {
-	return p.announced(ctx, func(c *dm.Control) error { return c.Resume(name) })
-}
-
 // Suspend stops writes to the device: what was written is in the pool, and the
 // file system on it is frozen, as if it were unmounted. It waits for what is being
 // written.
 func (p *Pool) Suspend(name string) error { return p.ctl.Suspend(name, dm.SuspendOptions{}) }
 
-// Resume lets a suspended device go on.
-func (p *Pool) Resume(ctx context.Context, name string) error { return p.resume(ctx, name) }
+// Resume lets a suspended device go on. Its name stays: udev is not waited for.
+func (p *Pool) Resume(name string) error { return p.ctl.Resume(name) }
 
 // Deactivate removes a device; ErrFailedPrecondition while somebody has it open.
 // It is no error if there is none.
-func (c *Change) Deactivate(name string) error {
-	p := c.pool
-	err := p.announced(context.Background(), func(ctl *dm.Control) error { return ctl.Remove(name, false) })
-	if err != nil && !isGone(err) {
-		return err
-	}
-	if dm.UdevRuns() {
-		return nil
-	}
-	return dm.RemoveNode(name)
-}
+func (c *Change) Deactivate(name string) error { return c.remove(name, false) }
 
 // RemoveLater removes a device when its last user closes it.
-func (c *Change) RemoveLater(name string) error {
-	err := c.pool.announced(context.Background(), func(ctl *dm.Control) error { return ctl.Remove(name, true) })
+func (c *Change) RemoveLater(name string) error { return c.remove(name, true) }
+
+func (c *Change) remove(name string, deferred bool) error {
+	err := c.announced(func(ctl *dm.Control) error { return ctl.Remove(name, deferred) })
 	if err != nil && !isGone(err) {
 		return err
 	}
@@ -225,11 +181,7 @@ func (p *Pool) Info(name string) (dm.Info, error) { return p.ctl.Info(name) }
 // Ready reports whether a device can be used as it is.
 func (p *Pool) Ready(name string) bool {
 	i, err := p.ctl.Info(name)
-	if err != nil || !i.ActiveTable || i.DeferredRemove {
-		return false
-	}
-	st, err := sys.StatPath(Node(name))
-	return err == nil && st.RdevMajor == i.Dev.Major && st.RdevMinor == i.Dev.Minor
+	return err == nil && i.ActiveTable && !i.DeferredRemove && hasNode(i)
 }
 
 // Activate is Change.Activate, without a lock where there is nothing to do.
@@ -237,7 +189,7 @@ func (p *Pool) Activate(ctx context.Context, v Volume) error {
 	if p.Ready(v.Name) {
 		return nil
 	}
-	return p.Exclusive(ctx, func(c *Change) error { return c.Activate(ctx, v) })
+	return p.Exclusive(ctx, func(c *Change) error { return c.Activate(v) })
 }
 
 // Release removes a device that its last user is just closing: it tries again for

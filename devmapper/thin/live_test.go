@@ -69,7 +69,7 @@ func (b *bench) volume(p *Pool, id uint32) Volume {
 		if err := c.CreateThin(id); err != nil {
 			return err
 		}
-		return c.Activate(b.Context(), v)
+		return c.Activate(v)
 	})
 	return v
 }
@@ -120,9 +120,9 @@ func TestPoolOnFilesLivesItsWholeLife(t *testing.T) {
 	b.change(p, func(c *Change) error {
 		b.check(p.Suspend(a.Name))
 		b.check(c.CreateSnap(1, 0))
-		b.check(p.Resume(t.Context(), a.Name))
+		b.check(p.Resume(a.Name))
 		b.check(c.SetTransaction(0, 5))
-		return c.Activate(t.Context(), snap)
+		return c.Activate(snap)
 	})
 	b.check(b.write(a, 0, 'b', 4096))
 	b.wantByte(snap, 0, 'a')
@@ -494,7 +494,7 @@ func TestDevicesChangedBehindOurBack(t *testing.T) {
 	b.wantByte(v, 0, 'a')
 	do("suspend", v.Name)
 	b.check(p.Activate(t.Context(), v))
-	b.check(p.Resume(t.Context(), v.Name))
+	b.check(p.Resume(v.Name))
 	b.wantByte(v, 0, 'a')
 	do("remove", "--noudevsync", v.Name)
 	do("create", "--notable", "--noudevsync", v.Name)
@@ -614,14 +614,12 @@ func (b *bench) noCookies() (again func()) {
 	const limits = "/proc/sys/kernel/sem"
 	saved, err := os.ReadFile(limits)
 	b.check(err)
-	b.check(sys.Mount("tmpfs", "/run", "tmpfs", 0, ""))
-	b.check(os.Mkdir("/run/udev", 0o755))
-	b.check(os.WriteFile("/run/udev/control", nil, 0o600))
+	stop := b.pretendUdev()
 	b.check(os.WriteFile(limits, []byte("32000 0 500 0"), 0))
 	return func() {
 		b.Helper()
 		b.check(os.WriteFile(limits, saved, 0))
-		b.check(sys.Umount("/run", 0))
+		stop()
 	}
 }
 

@@ -99,6 +99,8 @@ type Pool struct {
 	mu    sync.Mutex // one Exclusive at a time in this process
 	claim uint64     // guarded by mu: the number of our last Claim
 
+	patience time.Duration // with udev
+
 	full atomic.Int64 // when the pool was last seen without a free block, in Unix seconds
 
 	opened bool // immutable once open: the pool's device is there, or was
@@ -124,7 +126,7 @@ func open(ctx context.Context, dir string, o Options) (*Pool, error) {
 	if err := o.check(); err != nil {
 		return nil, err
 	}
-	p := &Pool{dir: dir}
+	p := &Pool{dir: dir, patience: udevPatience}
 	if err := p.open(ctx, o); err != nil {
 		if p.sick { // what repairs it wants it inactive
 			err = errors.Join(err, p.leave())
@@ -362,8 +364,17 @@ func (p *Pool) letGo() {
 }
 
 // Exclusive calls f while no other process and no other Exclusive changes the
-// pool.
+// pool. Where udev runs it returns when udev has seen what f did.
 func (p *Pool) Exclusive(ctx context.Context, f func(c *Change) error) error {
+	c := &Change{pool: p}
+	err := p.exclusive(ctx, c, f)
+	if seenErr := c.Seen(ctx); err == nil {
+		err = seenErr
+	}
+	return err
+}
+
+func (p *Pool) exclusive(ctx context.Context, c *Change, f func(c *Change) error) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	lock, err := sys.WaitLock(p.path(lockFile), sys.O_RDWR|sys.O_CREAT, sys.LockExclusive)
@@ -374,7 +385,7 @@ func (p *Pool) Exclusive(ctx context.Context, f func(c *Change) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	c := &Change{p, lock.Fd()}
+	c.lock = lock.Fd()
 	if p.opened {
 		if err := c.ready(ctx); err != nil {
 			return err
