@@ -15,7 +15,8 @@ Layers
                       a colon in a name as \:; lowerdir+=A and datadir+=D add one
   upperdir=U          the writable layer; without it the mount is read-only
   workdir=W           an empty directory on the file system of U
-  redirect_dir=on|off|follow|nofollow    renamed directories (on)
+  redirect_dir=on|off|follow|nofollow    renamed directories (on; with userxattr the
+                      kernel's overlayfs cannot read them)
   metacopy=0|1        copy up metadata alone where that is enough (0)
   index=0|1           keep hard links over copy-up (0)
   nfs_export=0|1      file handles that last (0)
@@ -41,5 +42,5 @@ Serving
 
 mount(8)'s and libfuse's own options work, too: ro, dev, nosuid, noexec, atime
 flags, fsname=, allow_other and so on. Unknown options are ignored with a warning.
-SIGUSR1 prints counts, SIGTERM unmounts.
+SIGUSR1 prints counts (in the background to log=FILE alone), SIGTERM unmounts.
 `

@@ -267,6 +267,7 @@ func FuzzNlink(f *testing.F) {
 	f.Add([]byte("U+1"))
 	f.Add([]byte("L-2147483648"))
 	f.Fuzz(func(t *testing.T, b []byte) {
+		_, _, _ = trustedNames.parseProtattr(b)
 		c, err := trustedNames.parseNlink(b)
 		if err != nil {
 			return
@@ -281,6 +282,10 @@ func FuzzFileID(f *testing.F) {
 	f.Add(append([]byte{0, 0xfb, 29, 0, 1}, make([]byte, 24)...))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var id, again fileID
+		var r record
+		copy(r[:], b)
+		_ = r.parse(&id)
+		id = fileID{}
 		known, err := id.parse("x", b)
 		if !known || err != nil {
 			return
@@ -309,5 +314,22 @@ func FuzzXattrList(f *testing.F) {
 			t.Fatalf("%q shows %q, want %q", b, got, want)
 		}
 		_ = trustedNames.sortOut(b, -1, "", &facts{})
+	})
+}
+
+func FuzzStored(f *testing.F) {
+	for _, s := range []string{"0:0:755", "1:2:4755:file", "0:0:600:block-8-1", "0:0:600:char-1-3", "0:0:777:symlink", "0:0:600:pipe"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, v string) {
+		was := sys.Stat{Mode: sys.S_IFREG | 0o600, Size: 7}
+		st := was
+		if !parseStored(v, &st) {
+			return
+		}
+		again := was
+		if back := string(appendStored(&st, sys.S_IFREG)); !parseStored(back, &again) || again != st || st.IsWhiteout() {
+			t.Fatalf("%q: %+v, then %q: %+v", v, st, back, again)
+		}
 	})
 }

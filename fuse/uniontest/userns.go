@@ -42,7 +42,11 @@ func RunUser(t *testing.T, c Config) {
 		Run(t, c)
 		return
 	}
-	kind := kinds(c)[0]
+	all := kinds(c)
+	if len(all) == 0 { // LAYERCTL_FS names others
+		return
+	}
+	kind := all[0]
 	fs := testenv.FS(t, kind, testenv.Size(8<<30))
 	letThrough(t, fs)
 	j := userJob{kind, filepath.Join(fs, "user")}
