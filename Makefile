@@ -64,7 +64,7 @@ test-vm: deps ## tests on kernels that have device-mapper, project quota, an old
 test-power-cuts: deps ## slow: a recorded history of a thin pool's layers, cut at 1,200 flushes, in a virtual machine
 	CGO_ENABLED=0 $(GO) build -o $(BIN)/vm ./internal/testenv/vm/cmd
 	LAYERCTL_SEED=$${LAYERCTL_SEED:-$$(date +%s)} LAYERCTL_EXPECT_DM=1 LAYERCTL_CUT_STEPS=30 LAYERCTL_CUT_POINTS=600 $(GO) test -count=1 -timeout 60m \
-		-exec "$(CURDIR)/$(BIN)/vm -kernel new -timeout 60m -memory 3072" -run TestPowerCutAtEveryFlush -v ./devmapper
+		-exec "$(CURDIR)/$(BIN)/vm -kernel new -timeout 60m -memory 3072" -run TestPowerCutAtEveryFlush/pool -v ./devmapper
 
 CRASHES ?= 1000
 crash: deps ## slow, needs root: layerd killed CRASHES times under three clients, over all drivers and file systems, and cut from power

@@ -31,8 +31,9 @@ import (
 // LAYERCTL_CUT_STEPS how long the history is, LAYERCTL_SEED which one, when not the first.
 func TestPowerCutAtEveryFlush(t *testing.T) {
 	for name, stack := range map[string]stack{
-		"pool on files": {fsBytes: 256 * mib, options: map[string]string{"size": "64MiB", "data-size": "128MiB"}},
-		"pool on devices": {fsBytes: 16 * mib, metaBytes: 4 * mib, dataBytes: 160 * mib,
+		"pool on files": {points: 16, fsBytes: 256 * mib, options: map[string]string{"size": "64MiB", "data-size": "128MiB"}},
+		"xfs":           {points: 6, fsBytes: 256 * mib, quota: 360 * mib, options: map[string]string{"filesystem": "xfs", "size": "320MiB", "data-size": "128MiB"}},
+		"pool on devices": {points: 16, fsBytes: 16 * mib, metaBytes: 4 * mib, dataBytes: 160 * mib,
 			options: map[string]string{"size": "64MiB", "data": thin.Node(cutData), "metadata": thin.Node(cutMeta)}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -42,7 +43,7 @@ func TestPowerCutAtEveryFlush(t *testing.T) {
 			t.Logf("LAYERCTL_SEED=%d", seed)
 			c := &cutter{T: t, stack: stack, r: rand.New(rand.NewPCG(seed, 7))}
 			log := c.record(int(testenv.Number(t, "LAYERCTL_CUT_STEPS", 12)), nil)
-			c.replay(log, int(testenv.Number(t, "LAYERCTL_CUT_POINTS", 16)))
+			c.replay(log, int(testenv.Number(t, "LAYERCTL_CUT_POINTS", stack.points)))
 		})
 	}
 }
@@ -76,7 +77,9 @@ const (
 // on files there, its devices.
 type stack struct {
 	fsBytes, metaBytes, dataBytes int64
+	points                        uint64 // moments that are looked at, unless more are asked for
 	options                       map[string]string
+	quota                         int64 // of layers that grow
 }
 
 // up makes the devices on a disk and mounts the file system.
@@ -226,7 +229,7 @@ func (w *work) newLayer(on drivers.ID) {
 	}
 	ref, o := drivers.Ref{ID: w.last, Parents: below}, drivers.CreateOptions{}
 	if r.IntN(4) == 0 { // its file system grows
-		o.Quota = 96 * mib
+		o.Quota = max(96*mib, w.cutter.stack.quota)
 	}
 	w.bench.check(w.Create(w.Context(), ref, o))
 	unmount := func() {}

@@ -105,7 +105,7 @@ func (o *options) agree(t *template) error {
 }
 
 // Probe asks the kernel and looks for the programs that make file systems; it makes no pool.
-func Probe(_ context.Context, dir string) drivers.Probe {
+func Probe(ctx context.Context, dir string) drivers.Probe {
 	if _, err := os.Stat(dir); err != nil {
 		return drivers.Probe{Works: kprobe.Unknown, Reason: err.Error()}
 	}
@@ -115,8 +115,7 @@ func Probe(_ context.Context, dir string) drivers.Probe {
 		kept("loop device", tryLoop()),
 	}
 	for _, f := range fileSystems {
-		_, err := f.find()
-		features = append(features, kept(f.program, err))
+		features = append(features, kept(f.program, f.tryProgram(ctx)))
 	}
 	p := drivers.Probe{Works: kprobe.Yes, Features: features, Reason: "thin pool on sparse files, or on devices by options; never the default: ask for it by name"}
 	for i, f := range features {

@@ -31,6 +31,7 @@ type fileSystem struct {
 
 	program, from string                     // makes one, and the package that has it
 	args          func(bytes int64) []string // of the program, before the device
+	pretend       string                     // one more, with which it writes nothing
 
 	every    []string // options of every mount
 	clean    []string // of one that must not look at the log: the device cannot be written to
@@ -68,13 +69,13 @@ const (
 var fileSystems = []*fileSystem{
 	{
 		name: "ext4", least: 40 << 20,
-		program: "mke2fs", from: "e2fsprogs, 1.47 or newer", args: ext4Args,
+		program: "mke2fs", from: "e2fsprogs, 1.47 or newer", args: ext4Args, pretend: "-n",
 		clean: []string{"noload"}, writable: []string{"discard", "noinit_itable"}, volatile: []string{"nobarrier"}, growing: []string{"discard"},
 		identify: identifyExt4, grow: growExt4, byBlocks: true,
 	},
 	{
 		name: "xfs", least: 300 << 20,
-		program: "mkfs.xfs", from: "xfsprogs", args: xfsArgs,
+		program: "mkfs.xfs", from: "xfsprogs", args: xfsArgs, pretend: "-N",
 		every: []string{"nouuid"}, clean: []string{"norecovery"}, writable: []string{"discard"}, growing: []string{"discard"},
 		identify: identifyXFS, inMemory: true, grow: growXFS,
 	},
@@ -129,6 +130,24 @@ func fsNames() string {
 // find finds the program.
 func (f *fileSystem) find() (string, error) { return thin.FindTool(f.program, f.from) }
 
+// tryProgram has the program look at what it would be told, which an older one may not
+// understand.
+func (f *fileSystem) tryProgram(ctx context.Context) error {
+	image, err := sys.MemFile("layerctl-" + f.program)
+	if err != nil {
+		return err
+	}
+	defer image.Close()
+	if err := image.Truncate(f.least); err != nil {
+		return err
+	}
+	err = f.run(ctx, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), image.Int()), f.least, f.pretend)
+	if errors.As(err, new(*exec.ExitError)) && ctx.Err() == nil {
+		err = fmt.Errorf("%s does not make what layers have, is it too old? %w: %w", f.program, errdefs.ErrUnavailable, words{err})
+	}
+	return err
+}
+
 // make makes one on a device.
 func (f *fileSystem) make(ctx context.Context, v thin.Volume) error {
 	if !f.inMemory {
@@ -156,12 +175,12 @@ func (f *fileSystem) make(ctx context.Context, v thin.Volume) error {
 	return dev.Sync() // the file system does not look at what the device has cached
 }
 
-func (f *fileSystem) run(ctx context.Context, path string, bytes int64) error {
+func (f *fileSystem) run(ctx context.Context, path string, bytes int64, more ...string) error {
 	program, err := f.find()
 	if err != nil {
 		return err
 	}
-	out, err := exec.CommandContext(ctx, program, append(f.args(bytes), path)...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, program, append(append(f.args(bytes), more...), path)...).CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("%s (of %s): %w: %s", program, f.from, err, strings.TrimSpace(string(out)))
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/drivertest"
+	"github.com/layerctl/layerctl/internal/kprobe"
 	"github.com/layerctl/layerctl/internal/sys"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/layer"
@@ -164,6 +165,59 @@ func TestReservedDescriptorsFitTheJournal(t *testing.T) {
 			t.Errorf("%d bytes: %s, want %q", bytes, all, want)
 		}
 	}
+}
+
+// older puts a mke2fs before the real one that is too old for an option.
+func older(t *testing.T) {
+	t.Helper()
+	dir := testenv.Scratch(t)
+	text := "#!/bin/sh\necho 'mke2fs 1.46.2 (28-Feb-2021)' >&2\necho 'Bad option(s) specified: assume_storage_prezeroed=1' >&2\nexit 1\n"
+	if err := os.WriteFile(dir+"/mke2fs", []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+}
+
+// A program that is too old for what it is told is found before anything is made with it.
+func TestProgramThatIsTooOld(t *testing.T) {
+	testenv.AnyKernel(t)
+	for _, f := range fileSystems {
+		if err := f.tryProgram(t.Context()); err != nil {
+			t.Errorf("%s as it is here: %v", f.program, err)
+		}
+	}
+	older(t)
+	err := fileSystems[0].tryProgram(t.Context())
+	if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "1.47 or newer") || !strings.Contains(err.Error(), "Bad option(s) specified: assume") {
+		t.Errorf("an old one: %v", err)
+	}
+	for _, feature := range Probe(t.Context(), t.TempDir()).Features {
+		if feature.Feature == "mke2fs" && (feature.Answer != kprobe.No || !strings.Contains(feature.Detail, "too old")) {
+			t.Errorf("probe: %+v", feature)
+		}
+	}
+}
+
+// A pool that was made while there was only one that is too old has its template made later.
+func TestOpenWithAnOldProgram(t *testing.T) {
+	needsDM(t)
+	testenv.Leaks(t)
+	root := testenv.FS(t, "ext4", testenv.Size(512*mib)) + "/r"
+	t.Run("old", func(t *testing.T) {
+		older(t)
+		_, err := Open(t.Context(), drivers.Config{Root: root, Options: map[string]string{"filesystem": "ext4"}})
+		if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "too old") {
+			t.Errorf("open: %v", err)
+		}
+	})
+	d, err := Open(t.Context(), drivers.Config{Root: root, Options: map[string]string{"filesystem": "ext4"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &bench{T: t, driver: d.(*driver)}
+	b.remove(b.create(1).ID)
+	b.nothingLoose("the first open")
+	b.check(b.Close())
 }
 
 func TestFileSystemErrors(t *testing.T) {

@@ -107,6 +107,9 @@ func (d *driver) makeTemplate(ctx context.Context, o options) error {
 		if err != nil {
 			return err
 		}
+		if err := f.tryProgram(ctx); err != nil {
+			return err
+		}
 		tmp, err := d.reserve(c, c.CreateThin)
 		if err != nil {
 			return err
