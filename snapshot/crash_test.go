@@ -519,9 +519,7 @@ func TestRemovedStaysRemovedAfterAPowerCut(t *testing.T) {
 func afterPowerCut(t *testing.T, dir string, f func(root string)) {
 	t.Helper()
 	image := filepath.Join(testenv.Scratch(t), "cut")
-	if out, err := exec.Command("cp", "--sparse=always", testenv.Image(dir), image).CombinedOutput(); err != nil {
-		t.Fatalf("%v %s", err, out)
-	}
+	must(t, testenv.CopyImage(dir, image))
 	m := t.TempDir()
 	if out, err := exec.Command("mount", "-o", "loop", image, m).CombinedOutput(); err != nil {
 		t.Fatalf("%v %s", err, out)

@@ -565,9 +565,7 @@ func TestMigrateSurvivesPowerCuts(t *testing.T) {
 			must(t, exec.Command("sync", "-f", dir).Run())
 			cut := func(at string) {
 				image := filepath.Join(testenv.Scratch(t), "cut")
-				if out, err := exec.Command("cp", "--sparse=always", testenv.Image(dir), image).CombinedOutput(); err != nil {
-					t.Fatalf("%v %s", err, out)
-				}
+				must(t, testenv.CopyImage(dir, image))
 				afterCut(t, image, at, way[1], want)
 			}
 			recorded := 0

@@ -511,7 +511,7 @@ func (g *rig) cut() {
 func (g *rig) cutOff() (root string, release func()) {
 	g.t.Helper()
 	image, dir := filepath.Join(testenv.Scratch(g.t), "cut"), g.t.TempDir()
-	g.run("cp", "--sparse=always", testenv.Image(g.fs), image)
+	must(g.t, testenv.CopyImage(g.fs, image))
 	options := "loop"
 	if g.kind == "xfs" {
 		options += ",nouuid" // the original is mounted, too
