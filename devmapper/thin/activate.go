@@ -174,7 +174,7 @@ func (c *Change) activatePool(ctx context.Context) error {
 		}
 		return p.goOn()
 	}
-	if err := c.load(ctx); err != nil {
+	if err := c.loadAlone(ctx); err != nil {
 		_ = p.ctl.Remove(p.name, false)
 		return fmt.Errorf("pool %s (the kernel's log says more): %w", p.name, err)
 	}
@@ -200,6 +200,17 @@ func (r *record) refuseInUse() error {
 		f.Close()
 	}
 	return nil
+}
+
+// loadAlone loads while nobody grows the pool: who does may be at work with the devices of one
+// that was removed meanwhile, and, in the middle of the resume, it looks as if it were left suspended.
+func (c *Change) loadAlone(ctx context.Context) error {
+	lock, err := c.pool.growing()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	return c.load(ctx)
 }
 
 // load gives the pool's device its table and lets it go.
@@ -231,15 +242,7 @@ func (c *Change) load(ctx context.Context) error {
 	if err := faults.Point(ctx, "thin: open: table loaded"); err != nil {
 		return err
 	}
-	err = c.announced(func(ctl *dm.Control) error {
-		lock, err := p.growing() // in the middle of it the pool looks as if it were left suspended
-		if err != nil {
-			return err
-		}
-		defer lock.Close()
-		return ctl.Resume(p.name)
-	})
-	if err != nil {
+	if err := c.announced(func(ctl *dm.Control) error { return ctl.Resume(p.name) }); err != nil {
 		return err
 	}
 	return faults.Point(ctx, "thin: open: resumed")
@@ -311,12 +314,30 @@ func (p *Pool) devices() (data, metadata *sys.Fd, err error) {
 // sameDevices refuses an active pool that is not on our files: the directory was
 // deleted, and its numbers are in use again.
 func (p *Pool) sameDevices() error {
-	data, metadata, err := p.devices()
+	data, metadata, err := p.ownDevices()
 	if err != nil {
 		return err
 	}
-	defer data.Close()
-	defer metadata.Close()
+	data.Close()
+	metadata.Close()
+	return nil
+}
+
+// ownDevices opens the pool's block devices if they are on our files, which they then stay: a loop device that
+// was given back meanwhile may be on another file.
+func (p *Pool) ownDevices() (data, metadata *sys.Fd, err error) {
+	if data, metadata, err = p.devices(); err != nil {
+		return nil, nil, err
+	}
+	if err := p.allSame(data, metadata); err != nil {
+		data.Close()
+		metadata.Close()
+		return nil, nil, err
+	}
+	return data, metadata, nil
+}
+
+func (p *Pool) allSame(data, metadata *sys.Fd) error {
 	for path, f := range map[string]*sys.Fd{p.DataPath(): data, p.MetadataPath(): metadata} {
 		if err := p.same(path, f); err != nil {
 			return fmt.Errorf("pool %s is active, on something else than %s: remove it (dmsetup remove %s): %w: %w", p.name, path, p.name, errdefs.ErrFailedPrecondition, noSentinel{err})

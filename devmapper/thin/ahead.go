@@ -36,7 +36,7 @@ func (p *Pool) growAhead(ctx context.Context) error {
 	if err != nil || s.Mode != ReadWrite && s.Mode != OutOfData {
 		return err
 	}
-	data, metadata, err := p.devices()
+	data, metadata, err := p.ownDevices()
 	if err != nil {
 		return err
 	}

@@ -50,7 +50,7 @@ func (p *Pool) grow(ctx context.Context) error {
 	if err != nil || s.Mode != ReadWrite && s.Mode != OutOfData {
 		return err
 	}
-	data, metadata, err := p.devices()
+	data, metadata, err := p.ownDevices()
 	if err != nil {
 		return err
 	}
