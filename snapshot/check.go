@@ -664,10 +664,14 @@ func (s *Store) driverHas(ctx context.Context, n *node) bool {
 func (c *checker) unlisted(ctx context.Context, n *node, object string) error {
 	f := Finding{Problem: ListingMissing, Object: object, Detail: "the listing was not computed yet", Suggestion: "check with repair computes it"}
 	if !c.o.Repair {
-		if c.s.isFree(listingPlace(n.ref.ID)) {
+		if !c.s.isFree(listingPlace(n.ref.ID)) {
+			return nil
+		}
+		n, _, err := c.s.committedNode(ctx, n.ref.ID) // who was at it may just have finished
+		if err == nil && n != nil && n.layer.Digest == "" {
 			c.add(f)
 		}
-		return nil
+		return err
 	}
 	if err := c.s.list(ctx, n.ref.ID, c.s.locks.exclusive); err != nil {
 		c.add(f.cannot(err, f.Suggestion))

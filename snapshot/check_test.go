@@ -12,6 +12,7 @@ import (
 
 	"github.com/layerctl/layerctl/drivers"
 	"github.com/layerctl/layerctl/drivers/native"
+	"github.com/layerctl/layerctl/internal/faults"
 	"github.com/layerctl/layerctl/internal/testenv"
 	"github.com/layerctl/layerctl/snapshot"
 )
@@ -209,4 +210,37 @@ func TestCheckAsksTheDriver(t *testing.T) {
 	broken = errors.New("broken")
 	got := problems(check(t, reopen(), snapshot.CheckOptions{Quick: true}))
 	equal(t, "of one that does not open", got, []snapshot.Problem{snapshot.DriverBroken, snapshot.StorageDamaged, snapshot.DriverBroken})
+}
+
+// TestCheckBesideAListing: a listing that another process finishes while Check looks at its
+// layer was told as one that nobody had computed.
+func TestCheckBesideAListing(t *testing.T) {
+	testenv.Root(t)
+	root := seedStore(t, "native")
+	written, goOn := make(chan struct{}), make(chan struct{})
+	ctx := faults.With(t.Context(), func(step string) error {
+		if step == "store: list: written" {
+			close(written)
+			<-goOn
+		}
+		return nil
+	})
+	s, err := snapshot.Open(ctx, root, snapshot.Options{Registry: registry()})
+	must(t, err)
+	defer s.Close()
+	layerOf(t, view(t, s, "v", "native"), "one", "base", map[string]string{"f": "1"})
+	<-written
+	other := open(t, root, func(o *snapshot.Options) { o.NoListings = true })
+	seen := false
+	found, err := other.Check(t.Context(), snapshot.CheckOptions{Progress: func(p snapshot.CheckProgress) {
+		if p.Object == "v/one" && !seen {
+			seen = true
+			close(goOn)
+			must(t, s.FinishListings(t.Context()))
+		}
+	}})
+	must(t, err)
+	if !seen || len(found) > 0 {
+		t.Errorf("looked at it: %v; found %v", seen, found)
+	}
 }
