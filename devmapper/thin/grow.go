@@ -138,15 +138,18 @@ func (p *Pool) growFile(ctx context.Context, name string, loop *sys.Fd, bytes in
 
 // enlarge gives a file, and the loop device on it, so many bytes.
 func (p *Pool) enlarge(ctx context.Context, f *sys.Fd, size int64, loop *sys.Fd) (short, err error) {
-	err = f.Truncate(size)
-	if err == nil && filepath.Base(f.Name()) == metadataFile {
+	if filepath.Base(f.Name()) == metadataFile { // first: the next Open takes the file as large as it is
 		err = allocate(f, size)
+	}
+	if err == nil {
+		err = f.Truncate(size)
 	}
 	if err == nil { // or after a cut the pool is larger than its file
 		err = f.Sync()
 	}
-	if errors.Is(err, syscall.ENOSPC) {
-		return fmt.Errorf("%s cannot grow to %d bytes: %w: %w", f.Name(), size, errNoSpace, err), nil
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		short = fmt.Errorf("%s cannot grow to %d bytes: %w: %w", f.Name(), size, errNoSpace, err)
+		return short, shrinkTo(f, loop)
 	}
 	if err == nil {
 		err = faults.Point(ctx, "thin: grow: file larger")
@@ -158,6 +161,15 @@ func (p *Pool) enlarge(ctx context.Context, f *sys.Fd, size int64, loop *sys.Fd)
 		err = faults.Point(ctx, "thin: grow: loop device larger")
 	}
 	return nil, err
+}
+
+// shrinkTo takes from a file again what its loop device does not know of.
+func shrinkTo(f, loop *sys.Fd) error {
+	bytes, err := loop.BlockBytes()
+	if err != nil {
+		return err
+	}
+	return f.Truncate(bytes)
 }
 
 // reload gives the pool a table of its devices' present sizes, unless it is that

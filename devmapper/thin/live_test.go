@@ -280,6 +280,33 @@ func TestPoolIsLargeWhenNobodyIsLeft(t *testing.T) {
 	b.drop(q, v)
 }
 
+// Metadata for which there is no room leaves its file as it was: the next Open takes that as large
+// as it is, and what is not allocated there would stop the pool.
+func TestMetadataThatCannotGrowStays(t *testing.T) {
+	b := newBench(t)
+	p := b.open(b.fileSystem(80*mib), Options{DataBytes: 16 * mib, MetadataBytes: 2 * mib})
+	data, loop, err := p.devices()
+	b.check(err)
+	defer data.Close()
+	defer loop.Close()
+	before, err := freeBytes(p.root)
+	b.check(err)
+	f, err := p.openFile(metadataFile)
+	b.check(err)
+	defer f.Close()
+	short, err := p.enlarge(t.Context(), f.Fd, 1<<30, loop)
+	if err != nil || !errors.Is(short, syscall.ENOSPC) {
+		t.Errorf("%v, %v", short, err)
+	}
+	now, err := p.openFile(metadataFile)
+	b.check(err)
+	defer now.Close()
+	free, err := freeBytes(p.root)
+	if err != nil || now.size != 2*mib || now.holes != 0 || free < before-mib {
+		t.Errorf("%d bytes, %d of them not allocated; %d bytes are free, before %d; %v", now.size, now.holes, free, before, err)
+	}
+}
+
 // A pool whose watch fails is watched again, and made larger if it ran low meanwhile.
 func TestPoolGrowsAfterItsWatchFailed(t *testing.T) {
 	b := newBench(t)
