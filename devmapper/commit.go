@@ -229,7 +229,7 @@ func (d *driver) snapshotOf(ctx context.Context, id drivers.ID, l *record) (t te
 		return t, err
 	}
 	err = d.pool.Exclusive(ctx, func(c *thin.Change) error {
-		if i, err := d.pool.Info(name); !suspended && err == nil && i.ActiveTable {
+		if i, err := d.pool.Info(name); err == nil && i.ActiveTable && !i.Suspended { // what is written to it would be in both
 			return fmt.Errorf("%s was activated meanwhile, try again: %w", name, errdefs.ErrUnavailable)
 		}
 		t, err = d.reserve(c, func(thinID uint32) error { return lost(c.CreateSnap(thinID, l.Thin)) })

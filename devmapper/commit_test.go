@@ -51,6 +51,16 @@ func TestSuspendedDeviceThatGoes(t *testing.T) {
 	if err != nil || changes != 2 || !gone { // and the root
 		t.Errorf("%d changes, %v; removed %v", changes, err, gone)
 	}
+	b.file(r, "f", "x") // its device is there again
+	// One that comes back meanwhile may be written to: no snapshot is taken of it.
+	_, err = b.diffIn(b.atSuspended(func() {
+		b.dmsetup("remove", name)
+		_, err := b.Mounts(t.Context(), r, drivers.MountOptions{})
+		b.check(err)
+	}), base, r)
+	if !errdefs.IsUnavailable(err) {
+		t.Errorf("a diff of a layer whose device was made again: %v", err)
+	}
 	b.file(r, "f", "x")
 	b.remove(2, 1)
 	b.nothingLoose("the diff")
