@@ -152,7 +152,7 @@ func (d *driver) compareRecords(e *examination, whole metadata.Report) error {
 		if len(owners[id]) > 1 {
 			slices.Sort(owners[id])
 			e.add(drivers.Finding{Fault: drivers.StorageDamaged, Object: fmt.Sprintf("thin device %d", id), Detail: fmt.Sprintf("is that of %s", strings.Join(owners[id], " and of ")),
-				Suggestion: "remove the younger of these snapshots"})
+				Suggestion: "put back the metadata and the records of one time: to remove one of these snapshots deletes what all of them have"})
 		}
 		if len(owners[id]) > 0 {
 			continue

@@ -109,7 +109,7 @@ func TestExamineFindsWhatDoesNotAgree(t *testing.T) {
 	b.finds("stray deleted by the command", none)
 
 	back := b.rewrite(2, func(r *record) { r.Thin = 1 })
-	b.finds("two of one", none, [3]string{"storage-damaged", "thin device 1", "is that of layer 1 and of layer 2"}, [3]string{"stray-storage", "thin device 2", "no record"},
+	b.finds("two of one", none, [3]string{"storage-damaged", "thin device 1", "is that of layer 1 and of layer 2put back the metadata"}, [3]string{"stray-storage", "thin device 2", "no record"},
 		[3]string{"storage-damaged", "layer 2", "its record is of transaction 2 of the pool, thin device 1 of 1"})
 	back()
 	back = b.rewrite(1, func(r *record) { r.Sectors = 128 })

@@ -649,6 +649,21 @@ func TestPoolOlderThanItsRecords(t *testing.T) {
 	b.remove(3, 1)
 }
 
+// A layer that the pool is older than is removed without a touch at the device that its record
+// names, if another layer has that.
+func TestRemoveOfALostLayerKeepsAnothers(t *testing.T) {
+	b := newBench(t, 512*mib, nil)
+	base := b.create(1)
+	b.write(base, "f", "base")
+	b.commit(base)
+	b.create(2)
+	b.check(b.pool.Exclusive(t.Context(), func(c *thin.Change) error { return c.Delete(2) }))
+	b.rewrite(2, func(r *record) { r.Thin, r.Tx = 1, 99 })
+	b.check(b.Remove(t.Context(), 2))
+	b.file(base, "f", "base")
+	b.remove(1)
+}
+
 // A journal that a crash left full is replayed before the layer is committed: else a
 // view, which does not look at it, would miss what is there alone.
 func TestJournalIsReplayedAtCommit(t *testing.T) {

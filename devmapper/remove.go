@@ -41,7 +41,7 @@ func (d *driver) remove(ctx context.Context, id drivers.ID) error {
 	if err := d.destroy(ctx, roots.New, id); err != nil {
 		return err
 	}
-	if l, err := d.read(roots.Deleted, id); err == nil && d.worthDiscard(l) {
+	if l, err := d.read(roots.Deleted, id); err == nil && d.worthDiscard(l) && d.checkTransaction(l.Tx) == nil { // or the device may be another's
 		d.discard(ctx, l)
 	}
 	return d.destroy(ctx, roots.Deleted, id)
