@@ -30,12 +30,7 @@ import (
 // are removed, and the pool's metadata is sound. LAYERCTL_CUT_POINTS says how many moments,
 // LAYERCTL_CUT_STEPS how long the history is, LAYERCTL_SEED which one, when not the first.
 func TestPowerCutAtEveryFlush(t *testing.T) {
-	for name, stack := range map[string]stack{
-		"pool on files": {points: 16, fsBytes: 256 * mib, options: map[string]string{"size": "64MiB", "data-size": "128MiB"}},
-		"xfs":           {points: 6, fsBytes: 256 * mib, quota: 360 * mib, options: map[string]string{"filesystem": "xfs", "size": "320MiB", "data-size": "128MiB"}},
-		"pool on devices": {points: 16, fsBytes: 16 * mib, metaBytes: 4 * mib, dataBytes: 160 * mib,
-			options: map[string]string{"size": "64MiB", "data": thin.Node(cutData), "metadata": thin.Node(cutMeta)}},
-	} {
+	for name, stack := range stacks {
 		t.Run(name, func(t *testing.T) {
 			needsDM(t)
 			testenv.Leaks(t)
@@ -55,13 +50,43 @@ func TestPowerCutFindsALayerThatIsNotThere(t *testing.T) {
 	testenv.Leaks(t)
 	c := &cutter{T: t, r: rand.New(rand.NewPCG(1, 7)),
 		stack: stack{fsBytes: 256 * mib, options: map[string]string{"size": "64MiB", "data-size": "128MiB"}}}
-	early := func(w *work, id drivers.ID) { c.disk.Mark("committed-%s", id) }
+	early := func(w *work, id drivers.ID) { c.mark("committed-%s", id) }
 	log := c.record(3, early)
 	c.complain = func(string, ...any) { c.complaints++ }
 	c.fromFirst = true // all moments until one of them is seen through
 	c.replay(log, len(log.Entries))
 	if c.complaints == 0 {
 		t.Error("nothing is found")
+	}
+}
+
+// TestDroppedWrites: the disk loses whatever is written after some call returned, while
+// the driver goes on and closes (dm-flakey). What was committed then is there and whole
+// when the driver is opened on the disk again, as after the cuts above.
+func TestDroppedWrites(t *testing.T) {
+	for name, stack := range stacks {
+		t.Run(name, func(t *testing.T) {
+			needsDM(t)
+			testenv.Leaks(t)
+			seed := testenv.Number(t, "LAYERCTL_SEED", 1)
+			c := &cutter{T: t, stack: stack, r: rand.New(rand.NewPCG(seed, 11)), mark: func(string, ...any) {}}
+			d := dmtest.NewFlakyDisk(t, cutDisk, c.makeDisk())
+			c.disk = d
+			w := c.begin(nil)
+			for cut := range testenv.Number(t, "LAYERCTL_CUT_POINTS", 4) {
+				c.stack.up(d, cutDisk, c.dir)
+				w.reopen(c.stack.options)
+				for range 1 + c.r.IntN(4) {
+					w.step()
+				}
+				d.DropWrites()
+				_ = w.Close() // of a disk that does not keep what it says it does
+				c.stack.down(d, c.dir)
+				d.Keep()
+				c.look(fmt.Sprintf("LAYERCTL_SEED=%d, cut %d", seed, cut), slices.Sorted(maps.Keys(w.alive)))
+			}
+			t.Logf("%d layers", w.last)
+		})
 	}
 }
 
@@ -82,8 +107,23 @@ type stack struct {
 	quota                         int64 // of layers that grow
 }
 
+var stacks = map[string]stack{
+	"pool on files": {points: 16, fsBytes: 256 * mib, options: map[string]string{"size": "64MiB", "data-size": "128MiB"}},
+	"xfs":           {points: 6, fsBytes: 256 * mib, quota: 360 * mib, options: map[string]string{"filesystem": "xfs", "size": "320MiB", "data-size": "128MiB"}},
+	"pool on devices": {points: 16, fsBytes: 16 * mib, metaBytes: 4 * mib, dataBytes: 160 * mib,
+		options: map[string]string{"size": "64MiB", "data": thin.Node(cutData), "metadata": thin.Node(cutMeta)}},
+}
+
+// disk is what a stack is on.
+type disk interface {
+	Helper()
+	Fatal(args ...any)
+	Slice(name, of string, begin, bytes int64) (node string)
+	Drop(name string)
+}
+
 // up makes the devices on a disk and mounts the file system.
-func (s *stack) up(d *dmtest.Disk, on, dir string) {
+func (s *stack) up(d disk, on, dir string) {
 	d.Helper()
 	node := d.Slice(cutFS, on, 0, s.fsBytes)
 	if s.metaBytes > 0 {
@@ -95,7 +135,7 @@ func (s *stack) up(d *dmtest.Disk, on, dir string) {
 	}
 }
 
-func (s *stack) down(d *dmtest.Disk, dir string) {
+func (s *stack) down(d disk, dir string) {
 	d.Helper()
 	if err := sys.Umount(dir, 0); err != nil {
 		d.Fatal(err)
@@ -110,10 +150,12 @@ type cutter struct {
 	*testing.T
 	stack stack
 	r     *rand.Rand
-	disk  *dmtest.Disk
+	disk  disk
 	dir   string
+	mark  func(format string, args ...any) // notes what is true from then on
 	trees map[drivers.ID]map[string]string // of every layer that was ever committed, by path
 
+	recorded   *dmtest.Disk
 	complain   func(format string, args ...any) // nil: Errorf
 	complaints int                              // replay ends with the first
 	fromFirst  bool                             // only moments at which a layer was said to be committed
@@ -124,7 +166,25 @@ type cutter struct {
 // before each Commit.
 func (c *cutter) record(steps int, before func(w *work, id drivers.ID)) *dmtest.Log {
 	c.Helper()
-	file := filepath.Join(testenv.Scratch(c), "disk")
+	rec := dmtest.NewDisk(c.T, cutDisk, c.makeDisk())
+	c.disk, c.mark, c.recorded = rec, rec.Mark, rec
+	w := c.begin(before)
+	c.stack.up(c.disk, cutDisk, c.dir)
+	w.reopen(c.stack.options)
+	for range steps {
+		w.step()
+	}
+	w.bench.check(w.Close())
+	c.stack.down(c.disk, c.dir)
+	log := rec.End()
+	c.Logf("%d layers, %d writes, %d flushes", w.last, len(log.Entries), len(flushes(log)))
+	return log
+}
+
+// makeDisk makes a file with the file system in it.
+func (c *cutter) makeDisk() (file string) {
+	c.Helper()
+	file = filepath.Join(testenv.Scratch(c), "disk")
 	err := os.WriteFile(file, nil, 0o600)
 	if err == nil {
 		err = os.Truncate(file, c.stack.fsBytes+c.stack.metaBytes+c.stack.dataBytes)
@@ -137,23 +197,18 @@ func (c *cutter) record(steps int, before func(w *work, id drivers.ID)) *dmtest.
 	if err != nil {
 		c.Fatalf("%v\n%s", err, out)
 	}
-	c.disk = dmtest.NewDisk(c.T, cutDisk, file)
+	return file
+}
+
+// begin is a history of no layers.
+func (c *cutter) begin(before func(w *work, id drivers.ID)) *work {
+	c.Helper()
 	c.dir = filepath.Join(testenv.Scratch(c), "m")
 	if err := os.Mkdir(c.dir, 0o700); err != nil {
 		c.Fatal(err)
 	}
-	c.stack.up(c.disk, cutDisk, c.dir)
 	c.trees = map[drivers.ID]map[string]string{}
-	w := &work{bench: &bench{T: c.T, fs: c.dir}, cutter: c, alive: map[drivers.ID][]drivers.ID{}, before: before}
-	w.reopen(c.stack.options)
-	for range steps {
-		w.step()
-	}
-	w.bench.check(w.Close())
-	c.stack.down(c.disk, c.dir)
-	log := c.disk.End()
-	c.Logf("%d layers, %d writes, %d flushes", w.last, len(log.Entries), len(flushes(log)))
-	return log
+	return &work{bench: &bench{T: c.T, fs: c.dir}, cutter: c, alive: map[drivers.ID][]drivers.ID{}, before: before}
 }
 
 func flushes(log *dmtest.Log) (at []int) {
@@ -212,7 +267,7 @@ func (w *work) removeOne(id drivers.ID) {
 			return
 		}
 	}
-	w.cutter.disk.Mark("removing-%s", id)
+	w.cutter.mark("removing-%s", id)
 	w.remove(id)
 	delete(w.alive, id)
 }
@@ -247,7 +302,7 @@ func (w *work) newLayer(on drivers.ID) {
 		w.before(w, ref.ID)
 	}
 	w.commit(ref)
-	w.cutter.disk.Mark("committed-%s", ref.ID)
+	w.cutter.mark("committed-%s", ref.ID)
 	unmount()
 	w.cutter.trees[ref.ID] = tree
 	w.alive[ref.ID] = below
@@ -308,7 +363,7 @@ func (c *cutter) replay(log *dmtest.Log, points int) {
 	c.Helper()
 	at := flushes(log)
 	every := max(1, float64(len(at))/float64(points))
-	rep := c.disk.Replay(log)
+	rep := c.recorded.Replay(log)
 	done := 0
 	for f := c.r.Float64() * every; int(f) < len(at) && !c.Failed() && c.complaints == 0; f += every {
 		i, next := at[int(f)], len(log.Entries)

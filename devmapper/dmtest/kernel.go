@@ -85,3 +85,21 @@ func (k kernel) destroy(name string) {
 	k.Helper()
 	k.check(errors.Join(dm.RemoveNode(name), k.Remove(name, false)))
 }
+
+const sectorBytes = 512
+
+// Drop removes a device that Slice or Cut made, if it is there.
+func (k kernel) Drop(name string) {
+	k.Helper()
+	if _, err := k.Info(name); err == nil {
+		k.destroy(name)
+	}
+}
+
+// Slice makes a device of a part of another.
+func (k kernel) Slice(name, of string, begin, bytes int64) (node string) {
+	k.Helper()
+	i, err := k.Info(of)
+	k.check(err)
+	return k.device(name, dm.Target{Length: uint64(bytes / sectorBytes), Type: "linear", Params: fmt.Sprintf("%s %d", i.Dev, begin/sectorBytes)}, k.Drop)
+}

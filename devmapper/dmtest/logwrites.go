@@ -26,8 +26,6 @@ type Disk struct {
 	golden string // the file that Replay writes to: at first as the disk was
 }
 
-const sectorBytes = 512
-
 // NewDisk makes a disk of a file that is there; the file is the test's alone. It
 // skips as Open does.
 func NewDisk(t *testing.T, name, file string) *Disk {
@@ -79,22 +77,6 @@ func (d *Disk) file(name string, bytes int64) (path string) {
 	path = filepath.Join(d.dir, name)
 	d.sparse(path, bytes)
 	return path
-}
-
-// Drop removes a device that Slice or Cut made, if it is there.
-func (d *Disk) Drop(name string) {
-	d.Helper()
-	if _, err := d.Info(name); err == nil {
-		d.destroy(name)
-	}
-}
-
-// Slice makes a device of a part of another.
-func (d *Disk) Slice(name, of string, begin, bytes int64) (node string) {
-	d.Helper()
-	i, err := d.Info(of)
-	d.check(err)
-	return d.device(name, dm.Target{Length: uint64(bytes / sectorBytes), Type: "linear", Params: fmt.Sprintf("%s %d", i.Dev, begin/sectorBytes)}, d.Drop)
 }
 
 // Mark notes in the log, in one word, that something is true from here on.
