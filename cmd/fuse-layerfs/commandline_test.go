@@ -71,6 +71,8 @@ func TestCommandLineErrors(t *testing.T) {
 		"-o lowerdir=//stargz/x /m":       "plugins",
 		"-o plugins=/usr/lib/x.so /m":     "plugins",
 		"-o datadir+=d,lowerdir+=l /m":    "behind a data-only layer",
+		"-o lowerdir=l,lowerdir+=m /m":    "mixed with lowerdir=",
+		"-o lowerdir=l,datadir+=m /m":     "mixed with lowerdir=",
 		"-o upperdir= /m":                 "must not be empty",
 		"-o redirect_dir=maybe /m":        "must be on, off, follow or nofollow",
 		"-o passthrough=d /m":             "must be a, b, c or off",

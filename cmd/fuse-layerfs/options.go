@@ -16,7 +16,7 @@ type options struct {
 	union union.Config
 	mount mountFlags
 
-	lowers, upper, work bool // given
+	lowers, upper, work bool // given: lowerdir= with layers, upperdir=, workdir=
 	noIndex             bool // index=off was
 	timeout             time.Duration
 	passthrough         server.Passthrough
@@ -184,7 +184,7 @@ func (o *options) setPassthrough(v string) error {
 // first, those behind two colons for data only. A colon that belongs to a name
 // has a backslash before it.
 func (o *options) setLowers(v string) error {
-	o.union.Lowers, o.union.DataLowers, o.lowers = nil, nil, true
+	o.union.Lowers, o.union.DataLowers, o.lowers = nil, nil, v != ""
 	if v == "" {
 		return nil // as fuse-overlayfs: an upper alone
 	}
@@ -217,8 +217,13 @@ func (o *options) setLowers(v string) error {
 	return nil
 }
 
+// errMixed: layers are given by lowerdir= or one by one, as the kernel takes them.
+var errMixed = errors.New("cannot be mixed with lowerdir=")
+
 func (o *options) addLower(v string) error {
-	o.lowers = true
+	if o.lowers {
+		return errMixed
+	}
 	o.union.Lowers = append(o.union.Lowers, v)
 	if len(o.union.DataLowers) > 0 {
 		return errors.New("behind a data-only layer")
@@ -227,6 +232,9 @@ func (o *options) addLower(v string) error {
 }
 
 func (o *options) addData(v string) error {
+	if o.lowers {
+		return errMixed
+	}
 	o.union.DataLowers = append(o.union.DataLowers, v)
 	return notEmpty(v)
 }

@@ -221,9 +221,9 @@ func (fs *FS) mayHaveFacts(dir *Node, st *sys.Stat) bool {
 
 // lacksData tells whether a regular file may be one without its data. A file
 // system may count blocks of xattrs with those of data, so that with metacopy
-// on all are asked.
+// on, or layers of data, all are asked.
 func (fs *FS) lacksData(st *sys.Stat) bool {
-	return st.IsReg() && (fs.config.Metacopy || st.Blocks*512 < st.Size)
+	return st.IsReg() && (fs.config.Metacopy || fs.hasData() || st.Blocks*512 < st.Size)
 }
 
 func (fs *FS) upperFacts(dir *Node, up int, name string, f *found, d *lowerSearch) (stop bool, err error) {
@@ -327,6 +327,9 @@ func (d *lowerSearch) run(dir *Node, f *found, from int) error {
 			return syscall.EPERM
 		}
 		base := stack[i]
+		if err := d.mayGoOn(base); err != nil {
+			return err
+		}
 		was := d.redir
 		d.final = !d.redir && !d.metacopy && !d.absolute() && (d.only || i == len(stack)-1)
 		if err := d.one(base, f); err != nil {
@@ -341,9 +344,34 @@ func (d *lowerSearch) run(dir *Node, f *found, from int) error {
 		}
 	}
 	if f.metacopy && f.data.dir == nil && d.absolute() && d.fs.hasData() {
-		f.dataSt.lazy = d.name
+		f.dataSt = dataInfo{lazy: d.name, blocks: guessedBlocks(f)}
+		return nil // whatever metacopy and redirect_dir say, as the kernel
 	}
-	return nil
+	return d.mayGoOn(nil)
+}
+
+// mayGoOn is EPERM where metacopy is off and the data of a file would have to be in a
+// further lower: base, or none.
+func (d *lowerSearch) mayGoOn(base *realDir) error {
+	if !d.metacopy || d.fs.config.Metacopy {
+		return nil
+	}
+	in := ""
+	if base != nil {
+		in = " into " + base.layer.path
+	}
+	d.fs.say("metacopy file %q is not followed%s: metacopy is off", d.name, in)
+	return syscall.EPERM
+}
+
+// guessedBlocks is how many blocks a file shows before its data are looked for.
+func guessedBlocks(f *found) int64 {
+	st := &f.lowSt
+	if f.upper {
+		st = &f.st
+	}
+	const page = 4096
+	return (st.Size + page - 1) / page * (page / 512)
 }
 
 func (d *lowerSearch) absolute() bool { return d.name[0] == '/' }
@@ -447,10 +475,6 @@ func (d *lowerSearch) file(base *realDir, fd int, name string, st *sys.Stat, f *
 	if facts.whiteout && isXWhiteout(st, base.xwhiteouts) {
 		d.stop = true
 		return nil
-	}
-	if facts.metacopy && !d.fs.config.Metacopy {
-		d.fs.say("metacopy file %q in %s is not followed: metacopy is off", name, base.layer.path)
-		return syscall.EPERM
 	}
 	pos := realPos{base, name}
 	first := !f.hasLow

@@ -175,6 +175,30 @@ var metacopyCases = withMetaTriggers(map[string]func(*Kit){
 		k.holds(".", "f", "plain")
 		k.absent("blobs")
 	},
+	"a data-only lower without metacopy=on": func(k *Kit) {
+		k.datalower(random("blobs/1", metaSize, 5))
+		k.union(dataFile("f", "/blobs/1"), dataFile("other", "blobs"), sparse("none", metaSize), overlay("none", "metacopy", ""))
+		equal(k, "blocks before the data are looked for", k.stat("f").Blocks, (metaSize+4095)/4096*8)
+		k.reads("f", string(treegen.Content(5, metaSize)))
+		for _, p := range []string{"other", "none"} {
+			_, err := os.Lstat(k.p(p))
+			k.is(unix.EPERM, err)
+		}
+		k.appendTo("f", "!")
+		k.reads("f", string(treegen.Content(5, metaSize))+"!")
+		k.remount()
+		k.reads("f", string(treegen.Content(5, metaSize))+"!")
+		k.unread = "names that cannot be looked at"
+	},
+	"a data-only lower without metacopy=on, behind two lowers": func(k *Kit) {
+		k.datalower(random("blobs/1", metaSize, 5))
+		k.lower(dataFile("f", "/blobs/1"))
+		k.union(dataFile("g", "/blobs/1"))
+		_, err := os.Lstat(k.p("f"))
+		k.is(unix.EPERM, err)
+		k.reads("g", string(treegen.Content(5, metaSize)))
+		k.unread = "names that cannot be looked at"
+	},
 	"data of a data-only lower is copied up": func(k *Kit) {
 		k.dataUnion()
 		k.chmod("f", 0o600)
