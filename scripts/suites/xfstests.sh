@@ -6,7 +6,9 @@
 # generic: the kernel as xfstests's FSTYP=overlay, a program as FSTYP=fuse, found as
 # mount(8) finds any FUSE file system: mount -t fuse.NAME, mount.fuse3, NAME in the
 # PATH. overlay: FSTYP=overlay for both; the program stands behind `mount -t overlay`,
-# and df and findmnt say overlay for fuse.NAME.
+# df and findmnt say overlay for fuse.NAME, and the awk by which xfstests reads a mount's
+# options, to see which features it has, adds those that the program was given: the
+# kernel shows none of a FUSE file system's own.
 . "$(dirname "$0")/suite.sh"
 usage='usage: xfstests.sh DIR KIND generic|overlay [arguments of check]'
 dir=$(realpath "${1:?$usage}")
@@ -42,6 +44,22 @@ saying() {
 	END
 	chmod +x "$top/bin/$1"
 }
+# showing_options: awk prints what `mount` here noted of the device that it is asked for.
+showing_options() {
+	mkdir "$top/given"
+	export SUITE_MOUNT_GIVEN="$top/given"
+	cat >"$top/bin/awk" <<-END
+		#!/bin/sh
+		real=$(command -v awk)
+		case "\$*" in
+		*'match(\$1,dev) { print \$4 }'*) ;;
+		*) exec "\$real" "\$@" ;;
+		esac
+		for a; do case \$a in dev=*) dev=\${a#dev=} ;; esac; done
+		"\$real" "\$@" | sed "s|\\\$|,\$(tr '|&' __ 2>/dev/null <"$top/given/\$(echo "\$dev" | tr / _)")|"
+	END
+	chmod +x "$top/bin/awk"
+}
 config=$top/config
 export PATH="$top/bin:$PATH" SUITE_PROGRAM="$kind" SUITE_MOUNT_LOG="$results/mounts"
 if [ "$group" = generic ] && [ "$kind" != kernel ]; then
@@ -75,6 +93,7 @@ else
 		cp "$here/mount" "$top/bin/mount"
 		saying df overlay
 		saying findmnt overlay
+		showing_options
 	fi
 fi
 export HOST_OPTIONS="$config" RESULT_BASE="$results/x" LC_ALL=C
