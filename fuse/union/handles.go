@@ -99,10 +99,17 @@ func (r *record) parse(id *fileID) bool {
 	return true
 }
 
-// openHandles opens the table of workdir, or makes it. One that is of other layers
-// is begun anew. alive tells whether an object is still there.
+// openHandles opens the table of workdir, or makes it; nil: one in memory. One that is
+// of other layers is begun anew. alive tells whether an object is still there.
 func openHandles(workdir *sys.Fd, layers [16]byte, volatile bool, alive func(*fileID) bool) (*handleTable, error) {
-	fd, err := workdir.Openat(handlesName, sys.O_RDWR|sys.O_CREAT|sys.O_NOFOLLOW, 0o600)
+	var fd *sys.Fd
+	var err error
+	if workdir != nil {
+		fd, err = workdir.Openat(handlesName, sys.O_RDWR|sys.O_CREAT|sys.O_NOFOLLOW, 0o600)
+	} else {
+		fd, err = sys.MemFile(handlesName)
+		volatile = true
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -119,7 +126,7 @@ func openHandles(workdir *sys.Fd, layers [16]byte, volatile bool, alive func(*fi
 	}
 	if err != nil {
 		fd.Close()
-		return nil, fmt.Errorf("%s/%s: %w", workdir.Name(), handlesName, err)
+		return nil, fmt.Errorf("%s: %w", fd.Name(), err)
 	}
 	return t, nil
 }

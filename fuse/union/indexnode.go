@@ -27,8 +27,12 @@ type indexed struct {
 func (fs *FS) openIndex() error {
 	fs.findRoots()
 	u := fs.upper
-	if u == nil || u.work == nil || !fs.config.Index {
-		fs.config.Index, fs.config.NFSExport = fs.config.Index && u == nil, false
+	if u == nil {
+		fs.config.NFSExport = fs.config.NFSExport && fs.mayNumber()
+		return nil
+	}
+	if u.work == nil || !fs.config.Index {
+		fs.config.Index, fs.config.NFSExport = false, false
 		return nil
 	}
 	var lowers []layerRoot

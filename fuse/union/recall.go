@@ -44,7 +44,11 @@ func (fs *FS) openTable(asked bool) error {
 		var b [fbHeader + sys.MaxHandle]byte
 		digest.Write(id.appendTo(b[:0]))
 	}
-	t, err := openHandles(fs.upper.workdir, [16]byte(digest.Sum(nil)), fs.config.Volatile, func(id *fileID) bool {
+	var workdir *sys.Fd // without an upper handles hold for as long as the FS is open
+	if fs.upper != nil {
+		workdir = fs.upper.workdir
+	}
+	t, err := openHandles(workdir, [16]byte(digest.Sum(nil)), fs.config.Volatile, func(id *fileID) bool {
 		fd, err := fs.openObject(id)
 		if err == nil {
 			sys.CloseBare(fd)
@@ -57,6 +61,18 @@ func (fs *FS) openTable(asked bool) error {
 	fs.handleTable, fs.generation = t, t.incarnation
 	fs.table.last = firstUnlasting
 	return nil
+}
+
+// mayNumber tells whether what is in the lowers can be found by handles.
+func (fs *FS) mayNumber() bool {
+	for _, l := range fs.layers {
+		var id fileID
+		if err := identify(l.fd.Int(), "", l.uuid, &id); err != nil && !l.data {
+			fs.say("nfs_export: %s has no file handles: %v", l.path, err)
+			return false
+		}
+	}
+	return !fs.ambiguous
 }
 
 // Generation tells two nodes apart that have the same ID at different times, or in
@@ -237,7 +253,7 @@ func (fs *FS) comeBack(id uint64, generation uint32, object *fileID) (*Node, err
 		return nil, err
 	}
 	if f.st.IsDir() {
-		if !at.upper {
+		if !at.upper && fs.upper != nil {
 			if up, gone, err := fs.upper.openIndexed(object); err != nil || gone {
 				return nil, orStale(err)
 			} else if up >= 0 {
@@ -302,6 +318,9 @@ func (fs *FS) foundInUpper(fd int, f *found) error {
 // foundInLower says what a file of a lower, or its copy, is found as.
 func (fs *FS) foundInLower(at *layer, object *fileID, f *found) error {
 	f.hasLow, f.low, f.lowSt, f.lowFS = true, realPos{dir: at.root}, f.st, at.fsid
+	if fs.upper == nil {
+		return nil
+	}
 	entry := object.indexName()
 	var st sys.Stat
 	if sys.StatBare(fs.upper.index.Int(), entry, &st) == nil && fs.upper.isWhiteout(fs.upper.index.Int(), entry, &st) {
@@ -412,6 +431,9 @@ func (fs *FS) pathOf(fd int, at *layer) (names []string, err error) {
 // raisedDir is the copy of a directory of a lower, if there is one, in the place of
 // fd; else fd.
 func (fs *FS) raisedDir(fd int, at *layer) (int, *layer, error) {
+	if fs.upper == nil {
+		return fd, at, nil
+	}
 	var id fileID
 	if err := identify(fd, "", at.uuid, &id); err != nil {
 		return fd, at, err

@@ -234,6 +234,25 @@ var lockCases = map[string]func(*Kit){
 		k.opens(handles["d/f"], "d/f2")
 		k.staleHandle(handles["d/gone"])
 	},
+	"file handles without an upper": func(k *Kit) {
+		k.needRoot("open_by_handle_at")
+		k.readOnly()
+		k.options("index=on", "nfs_export=on", "redirect_dir=nofollow")
+		k.lower(file("a/b/f", "one"), file("hidden", "x"), whiteout("gone"))
+		k.lower(file("a/b/g", "two"), file("only/h", "three"), link("only/h", "only/i"), symlink("t", "only/l"), file("gone", "no"), file("hidden", "no"))
+		k.mount()
+		all := []string{"a", "a/b", "a/b/f", "a/b/g", "only", "only/h", "only/l", "hidden"}
+		handles := k.handles(all...)
+		for range 2 {
+			k.dropCaches()
+			for _, p := range all {
+				k.opens(handles[p], p)
+			}
+		}
+		k.dropCaches()
+		k.reads("a/b/f", "one")
+		k.opens(handles["a/b"], "a/b")
+	},
 	// What the server looked for without end, and answered nothing else meanwhile.
 	"a lower's directory at two places, with file handles": func(k *Kit) {
 		k.exports()
