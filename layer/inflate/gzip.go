@@ -63,27 +63,6 @@ func (z *Reader) Read(p []byte) (int, error) {
 	return n, nil
 }
 
-// WriteTo implements io.WriterTo.
-func (z *Reader) WriteTo(w io.Writer) (n int64, err error) {
-	for {
-		if z.from < z.to {
-			m, err := w.Write(z.out[z.from:z.to])
-			n += int64(m)
-			z.from += m
-			if err != nil {
-				return n, err
-			}
-		}
-		switch {
-		case z.err == io.EOF:
-			return n, nil
-		case z.err != nil:
-			return n, z.err
-		}
-		z.fill()
-	}
-}
-
 // fill decodes until there is something to give, or an error.
 func (z *Reader) fill() {
 	z.slide()

@@ -45,15 +45,6 @@ func same(t *testing.T, b []byte) int {
 	}{
 		{"read", func() ([]byte, error) { z, err := NewReader(bytes.NewReader(b)); return read(z, err) }},
 		{"read in small pieces", func() ([]byte, error) { z, err := NewReader(pieces(b)); return read(z, err) }},
-		{"written", func() ([]byte, error) {
-			z, err := NewReader(bytes.NewReader(b))
-			if err != nil {
-				return nil, err
-			}
-			var all bytes.Buffer
-			_, err = z.WriteTo(&all)
-			return all.Bytes(), err
-		}},
 	} {
 		got, err := c.get()
 		if class(err) != class(wantErr) {
