@@ -133,15 +133,8 @@ func (f *fileSystem) find() (string, error) { return thin.FindTool(f.program, f.
 // tryProgram has the program look at what it would be told, which an older one may not
 // understand.
 func (f *fileSystem) tryProgram(ctx context.Context) error {
-	image, err := sys.MemFile("layerctl-" + f.program)
-	if err != nil {
-		return err
-	}
-	defer image.Close()
-	if err := image.Truncate(f.least); err != nil {
-		return err
-	}
-	err = f.run(ctx, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), image.Int()), f.least, f.pretend)
+	image, err := f.inFile(ctx, f.least, f.pretend)
+	image.Close()
 	if errors.As(err, new(*exec.ExitError)) && ctx.Err() == nil {
 		err = fmt.Errorf("%s does not make what layers have, is it too old? %w: %w", f.program, errdefs.ErrUnavailable, words{err})
 	}
@@ -153,17 +146,11 @@ func (f *fileSystem) make(ctx context.Context, v thin.Volume) error {
 	if !f.inMemory {
 		return f.run(ctx, thin.Node(v.Name), int64(v.Sectors)*512)
 	}
-	image, err := sys.MemFile("layerctl-" + f.program)
+	image, err := f.inFile(ctx, int64(v.Sectors)*512)
 	if err != nil {
 		return err
 	}
 	defer image.Close()
-	if err := image.Truncate(int64(v.Sectors) * 512); err != nil {
-		return err
-	}
-	if err := f.run(ctx, fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), image.Int()), int64(v.Sectors)*512); err != nil {
-		return err
-	}
 	dev, err := sys.Open(thin.Node(v.Name), sys.O_RDWR|sys.O_EXCL, 0)
 	if err != nil {
 		return err
@@ -174,6 +161,25 @@ func (f *fileSystem) make(ctx context.Context, v thin.Volume) error {
 	}
 	return dev.Sync() // the file system does not look at what the device has cached
 }
+
+// inFile makes one in a file in memory.
+func (f *fileSystem) inFile(ctx context.Context, bytes int64, more ...string) (*sys.Fd, error) {
+	image, err := sys.MemFile("layerctl-" + f.program)
+	if err != nil {
+		return nil, err
+	}
+	if err = image.Truncate(bytes); err == nil {
+		err = f.run(ctx, pathForOthers(image), bytes, more...)
+	}
+	if err != nil {
+		image.Close()
+		return nil, err
+	}
+	return image, nil
+}
+
+// pathForOthers names an open file of ours to other processes.
+func pathForOthers(f *sys.Fd) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), f.Int()) }
 
 func (f *fileSystem) run(ctx context.Context, path string, bytes int64, more ...string) error {
 	program, err := f.find()

@@ -318,8 +318,7 @@ func (b *bench) start(c child) *exec.Cmd {
 func (b *bench) died(cmd *exec.Cmd) bool {
 	b.Helper()
 	err := cmd.Wait()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {
+	if testenv.Killed(cmd.ProcessState) {
 		return true
 	}
 	b.check(err)

@@ -2,9 +2,7 @@ package devmapper
 
 import (
 	"context"
-	"fmt"
 	"io"
-	"os"
 	"strings"
 	"syscall"
 
@@ -61,7 +59,7 @@ func (d *driver) checkMoment(ctx context.Context) (found string, err error) {
 	if err != nil {
 		return "", err
 	}
-	path := fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), kept.Int())
+	path := pathForOthers(kept)
 	found, err = thin.Check(ctx, path, true)
 	return strings.ReplaceAll(found, path, s.Path), err
 }

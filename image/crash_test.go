@@ -88,7 +88,7 @@ func killed(t *testing.T, what, images, source, snapshots string, n int) bool {
 	if err == nil {
 		return false
 	}
-	if st, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || st.Signal() != syscall.SIGKILL {
+	if !testenv.Killed(cmd.ProcessState) {
 		t.Fatalf("%s: %v\n%s", what, err, out)
 	}
 	return true

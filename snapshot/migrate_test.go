@@ -444,9 +444,9 @@ func TestMigrateKilledAtEveryStep(t *testing.T) {
 }
 
 func killedMigration(t *testing.T, root string, at int, steps []string, want map[string]picture) {
-	out, err := job{Name: "migrate", Root: root, Driver: "overlay", KillAt: at}.command().CombinedOutput()
-	var exit *exec.ExitError
-	if !errors.As(err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+	cmd := job{Name: "migrate", Root: root, Driver: "overlay", KillAt: at}.command()
+	out, err := cmd.CombinedOutput()
+	if !testenv.Killed(cmd.ProcessState) {
 		t.Fatalf("not killed: %v %s", err, out)
 	}
 	s := reopen(t, root)

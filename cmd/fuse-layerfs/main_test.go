@@ -36,15 +36,6 @@ func must(t testing.TB, err error) {
 
 const patience = 60 * time.Second
 
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("never: %s", what)
-		}
-	}
-}
-
 // layers makes a lower with a file f in it, an upper, a workdir and a mountpoint,
 // which anybody may use, and returns the directory that they are in.
 func layers(t *testing.T) string {
@@ -134,7 +125,7 @@ func TestBackground(t *testing.T) {
 		t.Errorf("the server stands in %s, %v", cwd, err)
 	}
 	testenv.Unmount(t, m)
-	eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
+	testenv.Eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
 	if b, err := os.ReadFile(filepath.Join(dir, "u", "f")); string(b) != "upper" || err != nil {
 		t.Errorf("the upper has %q, %v", b, err)
 	}
@@ -147,7 +138,7 @@ func TestSigterm(t *testing.T) {
 	cmd.Env = append(cmd.Env, "TEST_DIR="+dir)
 	start(t, dir, cmd)
 	must(t, syscall.Kill(serverOf(t, dir), syscall.SIGTERM))
-	eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
+	testenv.Eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
 	if line := mountLine(t, filepath.Join(dir, "m")); line != "" {
 		t.Errorf("still mounted: %s", line)
 	}
@@ -182,11 +173,11 @@ func TestForeground(t *testing.T) {
 	cmd.Stderr = &out
 	must(t, cmd.Start())
 	m := filepath.Join(dir, "m")
-	eventually(t, "mounted", func() bool { return mountLine(t, m) != "" })
+	testenv.Eventually(t, "mounted", func() bool { return mountLine(t, m) != "" })
 	_, err := os.ReadFile(filepath.Join(m, "f"))
 	must(t, err)
 	must(t, cmd.Process.Signal(syscall.SIGUSR1))
-	eventually(t, "counts in the log", func() bool {
+	testenv.Eventually(t, "counts in the log", func() bool {
 		b, _ := os.ReadFile(filepath.Join(dir, "log"))
 		return bytes.Contains(b, []byte("nodes ")) && bytes.Contains(b, []byte("copy-ups 0")) && bytes.Contains(b, []byte("requests "))
 	})
@@ -206,7 +197,7 @@ func TestCrashIsInTheLog(t *testing.T) {
 	cmd.Dir = dir
 	must(t, cmd.Start())
 	m := filepath.Join(dir, "m")
-	eventually(t, "mounted", func() bool { return mountLine(t, m) != "" })
+	testenv.Eventually(t, "mounted", func() bool { return mountLine(t, m) != "" })
 	must(t, cmd.Process.Signal(syscall.SIGABRT))
 	if err := cmd.Wait(); err == nil {
 		t.Error("it goes on after SIGABRT")
@@ -242,7 +233,7 @@ func TestMount8(t *testing.T) {
 	if err != nil {
 		t.Errorf("%v: %s", err, out)
 	}
-	eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
+	testenv.Eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
 }
 
 // A privileged parent mounts and hands the descriptor on.
@@ -266,7 +257,7 @@ func TestMountedByAParent(t *testing.T) {
 			t.Errorf("descriptor %d: %q, %v", n, b, err)
 		}
 		testenv.Unmount(t, m)
-		eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
+		testenv.Eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
 	}
 }
 
@@ -317,7 +308,7 @@ func TestOrdinaryUser(t *testing.T) {
 		t.Errorf("%v: %s", err, out)
 		_ = sys.Umount(m, sys.MNT_DETACH)
 	}
-	eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
+	testenv.Eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
 	if b, err := os.ReadFile(filepath.Join(dir, "u", "new")); string(b) != "new\n" || err != nil {
 		t.Errorf("the upper has %q, %v", b, err)
 	}

@@ -192,7 +192,7 @@ test "$(stat -c %F m/d)" = "character special file"; ls m >list; fusermount3 -u 
 		t.Errorf("%v: %s", err, out)
 		_ = sys.Umount(filepath.Join(dir, "m"), sys.MNT_DETACH)
 	}
-	eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
+	testenv.Eventually(t, "the server ends", func() bool { return serverOf(t, dir) == 0 })
 	for name, want := range map[string]string{".": "3:4:777:dir", "f": "5:6:666", "d": "0:0:666:char-1-3"} {
 		b := make([]byte, 100)
 		n, err := unix.Getxattr(filepath.Join(dir, "u", name), storedXattr, b)

@@ -276,7 +276,7 @@ func (g *rig) kill() {
 // dead counts a death, which must have been ours.
 func (g *rig) dead() {
 	g.t.Helper()
-	if s := g.layerd.cmd.ProcessState.Sys().(syscall.WaitStatus); s.Signal() != syscall.SIGKILL {
+	if !testenv.Killed(g.layerd.cmd.ProcessState) {
 		g.t.Fatalf("layerd ended by itself: %v\n%s", g.layerd.cmd.ProcessState, g.layerd.tail())
 	}
 	g.kills++

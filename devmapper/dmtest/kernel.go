@@ -13,6 +13,8 @@ import (
 	"github.com/layerctl/layerctl/internal/testenv"
 )
 
+const sectorBytes = 512
+
 // Open opens the control device until the test's end, which checks that nothing is
 // left. It skips where the kernel has no device-mapper, see testenv.NoDeviceMapper.
 func Open(t *testing.T) *dm.Control {
@@ -85,8 +87,6 @@ func (k kernel) destroy(name string) {
 	k.Helper()
 	k.check(errors.Join(dm.RemoveNode(name), k.Remove(name, false)))
 }
-
-const sectorBytes = 512
 
 // Drop removes a device that Slice or Cut made, if it is there.
 func (k kernel) Drop(name string) {

@@ -2,7 +2,6 @@ package dmtest
 
 import (
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -34,41 +33,12 @@ func NewDisk(t *testing.T, name, file string) *Disk {
 	st, err := os.Stat(file)
 	d.check(err)
 	d.bytes = st.Size()
-	d.check(copySparse(file, d.golden))
+	d.check(testenv.CopySparse(file, d.golden))
 	base, log := d.attach(file), d.attach(d.file("log", 4<<30))
 	d.device(name, dm.Target{Length: uint64(d.bytes / sectorBytes), Type: "log-writes", Params: base.number + " " + log.number}, d.Drop)
 	base.Close()
 	log.Close()
 	return d
-}
-
-// copySparse copies a file but for its zeros.
-func copySparse(from, to string) error {
-	src, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer src.Close()
-	dst, err := os.OpenFile(to, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer dst.Close()
-	b, zero := make([]byte, 64<<10), make([]byte, 64<<10)
-	for at := int64(0); ; at += int64(len(b)) {
-		n, err := src.ReadAt(b, at)
-		if string(b[:n]) != string(zero[:n]) {
-			if _, err := dst.WriteAt(b[:n], at); err != nil {
-				return err
-			}
-		}
-		if errors.Is(err, io.EOF) {
-			return dst.Truncate(at + int64(n))
-		}
-		if err != nil {
-			return err
-		}
-	}
 }
 
 // file makes a file of zeros, or empties one.

@@ -1,6 +1,6 @@
 // Package dmtest gives tests what is the kernel's own, by ioctl alone: a thin pool, so that what
-// reads pools is tried against it and not against package thin; and a disk whose writes are
-// recorded, to be had as it was at any of them.
+// reads pools is tried against it and not against package thin; a disk whose writes are
+// recorded, to be had as it was at any of them; and one that loses its writes when it is told to.
 package dmtest
 
 import (
@@ -34,7 +34,7 @@ func New(t *testing.T, name string, thinBytes int64) *Pool {
 	dir := testenv.Scratch(t)
 	p := &Pool{kernel: k, Metadata: filepath.Join(dir, "metadata"), name: name, thinBytes: thinBytes}
 	meta, data := p.loop(p.Metadata, 4<<20), p.loop(filepath.Join(dir, "data"), dataBytes)
-	p.device(name, dm.Target{Length: dataBytes / 512, Type: "thin-pool", Params: fmt.Sprintf("%s %s %d 0 1 skip_block_zeroing", meta, data, BlockBytes/512)}, p.destroy)
+	p.device(name, dm.Target{Length: dataBytes / sectorBytes, Type: "thin-pool", Params: fmt.Sprintf("%s %s %d 0 1 skip_block_zeroing", meta, data, BlockBytes/sectorBytes)}, p.destroy)
 	return p
 }
 
@@ -61,7 +61,7 @@ func (p *Pool) Thin(id uint32) (node string) {
 	p.Helper()
 	i, err := p.Info(p.name)
 	p.check(err)
-	return p.device(p.thinName(id), dm.Target{Length: uint64(p.thinBytes / 512), Type: "thin", Params: fmt.Sprintf("%s %d", i.Dev, id)}, p.destroy)
+	return p.device(p.thinName(id), dm.Target{Length: uint64(p.thinBytes / sectorBytes), Type: "thin", Params: fmt.Sprintf("%s %d", i.Dev, id)}, p.destroy)
 }
 
 // Snapshot makes a snapshot of an active thin device, whose file system, if it is

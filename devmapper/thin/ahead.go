@@ -21,29 +21,13 @@ func (p *Pool) growAhead(ctx context.Context) error {
 	if !p.rec.onFiles() {
 		return nil
 	}
-	lock, err := p.growing()
-	if err != nil {
-		return err
-	}
-	defer lock.Close()
 	if _, err := p.ctl.Info(p.name); isGone(err) {
 		return nil
 	}
-	if err := p.resumeLeft(); err != nil {
-		return err
-	}
-	s, err := p.Status()
-	if err != nil || s.Mode != ReadWrite && s.Mode != OutOfData {
-		return err
-	}
-	data, metadata, err := p.ownDevices()
-	if err != nil {
-		return err
-	}
-	defer data.Close()
-	defer metadata.Close()
-	err = p.growFilesAhead(ctx, s, data, metadata)
-	return errors.Join(err, p.reload(ctx, s, data, metadata, s.Policy)) // the metadata may have become larger
+	return p.whileGrowing(func(s Status, data, metadata *sys.Fd) error {
+		err := p.growFilesAhead(ctx, s, data, metadata)
+		return errors.Join(err, p.reload(ctx, s, data, metadata, s.Policy)) // the metadata may have become larger
+	})
 }
 
 func (p *Pool) growFilesAhead(ctx context.Context, s Status, data, metadata *sys.Fd) error {

@@ -11,11 +11,11 @@ import (
 	"slices"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/layerctl/layerctl/devmapper/dm"
 	"github.com/layerctl/layerctl/internal/faults"
 	"github.com/layerctl/layerctl/internal/sys"
+	"github.com/layerctl/layerctl/internal/testenv"
 )
 
 const envChild = "LAYERCTL_THIN_CHILD"
@@ -39,8 +39,7 @@ func (b *bench) dies(c child) (at string) {
 	cmd.Env = append(os.Environ(), envChild+"="+string(text))
 	cmd.Stdout, cmd.Stderr = &out, &out
 	err = cmd.Run()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signal() == syscall.SIGKILL {
+	if testenv.Killed(cmd.ProcessState) {
 		name, err := os.ReadFile(c.Dir + "/died")
 		b.check(err)
 		b.check(os.Remove(c.Dir + "/died"))
@@ -206,11 +205,7 @@ func TestProcessDiesWithThePoolSuspended(t *testing.T) {
 	if at := b.dies(child{Dir: dir, Op: "policy", Step: -1, At: "thin: grow: suspended"}); at == "" {
 		t.Error("not killed")
 	}
-	for end := time.Now().Add(time.Minute); p.suspended(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("it stays suspended")
-		}
-	}
+	testenv.Eventually(t, "resumed", func() bool { return !p.suspended() })
 	b.check(b.write(v, 0, 'a', 4096))
 	b.drop(p, v)
 }

@@ -35,9 +35,28 @@ func (p *Pool) Grow(ctx context.Context) error {
 	return nil
 }
 
-// grow has a lock of its own: who changes the pool may be waiting for a write, and
-// that for more space.
 func (p *Pool) grow(ctx context.Context) error {
+	return p.whileGrowing(func(s Status, data, metadata *sys.Fd) (err error) {
+		var short error
+		if p.rec.onFiles() {
+			if short, err = p.growFiles(ctx, s, data, metadata); err != nil {
+				return err
+			}
+		}
+		full := p.rec.Full
+		if short != nil {
+			full = Error // there is nothing to wait for
+		}
+		if err := p.reload(ctx, s, data, metadata, full); err != nil {
+			return err
+		}
+		return short
+	})
+}
+
+// whileGrowing calls f with the state of the pool, if it can grow in that, and its devices. It has a lock of its own:
+// who changes the pool may be waiting for a write, and that for more space.
+func (p *Pool) whileGrowing(f func(s Status, data, metadata *sys.Fd) error) error {
 	lock, err := p.growing()
 	if err != nil {
 		return err
@@ -56,20 +75,7 @@ func (p *Pool) grow(ctx context.Context) error {
 	}
 	defer data.Close()
 	defer metadata.Close()
-	var short error
-	if p.rec.onFiles() {
-		if short, err = p.growFiles(ctx, s, data, metadata); err != nil {
-			return err
-		}
-	}
-	full := p.rec.Full
-	if short != nil {
-		full = Error // there is nothing to wait for
-	}
-	if err := p.reload(ctx, s, data, metadata, full); err != nil {
-		return err
-	}
-	return short
+	return f(s, data, metadata)
 }
 
 // growing is the lock of who exchanges the pool's table, or resumes the pool.

@@ -322,11 +322,7 @@ func TestPoolGrowsAfterItsWatchFailed(t *testing.T) {
 	ctx, stop := context.WithCancel(context.Background())
 	p.stop = stop
 	p.watching.Go(func() { p.follow(ctx, broken) })
-	for end := time.Now().Add(time.Minute); b.status(p).DataTotal == before.DataTotal; time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("it does not grow")
-		}
-	}
+	testenv.Eventually(t, "grown", func() bool { return b.status(p).DataTotal != before.DataTotal })
 	b.drop(p, v)
 }
 
@@ -576,11 +572,7 @@ func TestSuspendedPoolGoesOn(t *testing.T) {
 	}
 	b.open(dir, Options{}) // and looks after it
 	suspend()
-	for end := time.Now().Add(time.Minute); p.suspended(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("suspended, with a process that has it open")
-		}
-	}
+	testenv.Eventually(t, "resumed, with a process that has it open", func() bool { return !p.suspended() })
 	b.check(b.write(v, 0, 'a', 4096))
 	b.drop(p, v)
 }

@@ -63,11 +63,7 @@ func TestUdevIsWaitedForWithoutTheLock(t *testing.T) {
 		}
 		go activate(activated)
 		var i dm.Info
-		for end := time.Now().Add(time.Minute); !i.ActiveTable; time.Sleep(5 * time.Millisecond) {
-			if i, _ = p.Info(v.Name); time.Now().After(end) {
-				t.Fatal("not active")
-			}
-		}
+		testenv.Eventually(t, "active", func() bool { i, _ = p.Info(v.Name); return i.ActiveTable })
 		go func() { other <- p.Exclusive(t.Context(), func(c *Change) error { return c.CreateThin(1) }) }()
 		select {
 		case err := <-other:

@@ -75,7 +75,7 @@ func TestManyNodesAreBoundedAndForgotten(t *testing.T) {
 	}
 	must(t, os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0))
 	if !raceEnabled { // what the race detector notes of memory stays
-		eventually(t, "memory is given back", func() bool { return m.resident() < before+(full-before)*3/4 })
+		testenv.Eventually(t, "memory is given back", func() bool { return m.resident() < before+(full-before)*3/4 })
 	}
 	if n := m.descriptors(); n > idle+maxDirs+spare {
 		t.Errorf("%d descriptors in the end, %d before", n, idle)

@@ -269,13 +269,3 @@ func (m *mounted) counts() server.Counts {
 	must(m.t, m.answers.Decode(&c))
 	return c
 }
-
-// eventually waits for something that the kernel does later by itself.
-func eventually(t testing.TB, what string, ok func() bool) {
-	t.Helper()
-	for end := time.Now().Add(patience); !ok(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatalf("never: %s", what)
-		}
-	}
-}

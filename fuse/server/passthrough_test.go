@@ -80,7 +80,7 @@ func TestUpperFilesAreReadAndWrittenWithoutTheServer(t *testing.T) {
 	}
 	f.Close()
 	g.Close()
-	eventually(t, "the file below is given back", func() bool { return m.counts().Passthrough == 0 })
+	testenv.Eventually(t, "the file below is given back", func() bool { return m.counts().Passthrough == 0 })
 	if st, err := os.Stat(m.path("f")); err != nil || st.Size() != 100*4096 {
 		t.Errorf("size %d, %v", st.Size(), err)
 	}
@@ -128,14 +128,14 @@ func TestPagesFromBeforePassthroughAreGone(t *testing.T) {
 	writeAt(t, w, "cache")
 	w.Close()
 	r.Close()
-	eventually(t, "all closed", func() bool { return m.counts().Files == 0 })
+	testenv.Eventually(t, "all closed", func() bool { return m.counts().Files == 0 })
 	w = open(t, m.path("f"), os.O_WRONLY)
 	if c := m.counts(); c.Passthrough != 1 {
 		t.Fatalf("not in passthrough: %v", c)
 	}
 	writeAt(t, w, "below")
 	w.Close()
-	eventually(t, "closed", func() bool { return m.counts().Files == 0 })
+	testenv.Eventually(t, "closed", func() bool { return m.counts().Files == 0 })
 	must(t, unix.Chmod(m.path("f"), 0o4755)) // never in passthrough
 	before := m.counts().CachedOpens
 	r = open(t, m.path("f"), os.O_RDONLY)
@@ -251,7 +251,7 @@ func TestOpensAtOnce(t *testing.T) {
 					t.Errorf("the lower %s has %q, %v", f, b, err)
 				}
 			}
-			eventually(t, "all closed", func() bool { c := m.counts(); return c.Files == 0 && c.Passthrough == 0 })
+			testenv.Eventually(t, "all closed", func() bool { c := m.counts(); return c.Files == 0 && c.Passthrough == 0 })
 		})
 	}
 }

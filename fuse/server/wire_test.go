@@ -427,6 +427,6 @@ func TestDescriptorsAreBounded(t *testing.T) {
 			must(t, os.Remove(path))
 		}
 	}
-	eventually(t, "all files closed", func() bool { return m.counts().Files == 0 })
-	eventually(t, "descriptors given back", func() bool { return fds() <= before+keep+20 })
+	testenv.Eventually(t, "all files closed", func() bool { return m.counts().Files == 0 })
+	testenv.Eventually(t, "descriptors given back", func() bool { return fds() <= before+keep+20 })
 }

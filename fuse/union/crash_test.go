@@ -264,7 +264,7 @@ func TestKilledAtEveryStep(t *testing.T) {
 				cmd := exec.Command("/proc/self/exe", "-test.run=^TestDiesAtAStep$")
 				cmd.Env = append(os.Environ(), fmt.Sprintf("%s=%d %d %s", envDie, k, i, s.dir))
 				out, _ := cmd.CombinedOutput()
-				if st, ok := cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || st.Signal() != syscall.SIGKILL {
+				if !testenv.Killed(cmd.ProcessState) {
 					t.Fatalf("%s: %v\n%s", step, cmd.ProcessState, out)
 				}
 				u := c.open(s, nil)

@@ -378,13 +378,15 @@ func (fs *FS) hiddenBeside(dir *Node, up int, name string) bool {
 	if !fs.config.AUFSWhiteouts || len(dir.dir.lowers) == 0 || len(name) > nameMax-len(aufsPrefix) {
 		return false
 	}
-	names := dir.dir.beside.Load()
-	if names == nil && fs.upper.can.whiteouts != whiteoutFile {
-		names = fs.lookBeside(dir, up)
-	}
-	if names != nil && fs.upper.can.whiteouts != whiteoutFile {
-		_, hidden := (*names)[name]
-		return hidden
+	if fs.upper.can.whiteouts != whiteoutFile {
+		names := dir.dir.beside.Load()
+		if names == nil {
+			names = fs.lookBeside(dir, up)
+		}
+		if names != nil {
+			_, hidden := (*names)[name]
+			return hidden
+		}
 	}
 	var st sys.Stat
 	return sys.StatBare(up, aufsPrefix+name, &st) == nil

@@ -15,7 +15,7 @@ import (
 func CopyImage(dir, to string) error {
 	from := Image(dir)
 	for range 10 {
-		if err := copySparse(from, to); err != nil {
+		if err := CopySparse(from, to); err != nil {
 			return err
 		}
 		same, err := sameContent(from, to)
@@ -26,7 +26,8 @@ func CopyImage(dir, to string) error {
 	return errors.New(from + " is written to all the time")
 }
 
-func copySparse(from, to string) error {
+// CopySparse copies a file but for its holes.
+func CopySparse(from, to string) error {
 	in, err := sys.Open(from, sys.O_RDONLY, 0)
 	if err != nil {
 		return err
