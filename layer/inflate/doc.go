@@ -10,5 +10,5 @@
 // a match is copied by words and may write past its end, where the next symbol goes.
 //
 // Where the words would reach past the end of the input or of the buffer the same
-// symbols are decoded one by one, with each bit counted (codes.go: slow).
+// symbols are decoded one by one, with each bit counted (decoder.go: slow).
 package inflate
