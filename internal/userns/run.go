@@ -57,12 +57,14 @@ func Run(c Command) (int, error) {
 
 // run runs c in ns, or in namespaces of its own if ns is nil.
 func (c Command) run(ns *Namespaces) (int, error) {
+	sigs := catch()
+	defer signal.Stop(sigs)
 	if c.Feed == nil {
 		p, err := c.start(ns, nil)
 		if err != nil {
 			return 0, err
 		}
-		return wait(p)
+		return wait(p, sigs)
 	}
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -74,12 +76,12 @@ func (c Command) run(ns *Namespaces) (int, error) {
 		w.Close()
 		return 0, err
 	}
-	return c.waitFed(p, w)
+	return c.waitFed(p, w, sigs)
 }
 
 // waitFed feeds the command and waits for it. A command that ends by itself
 // ends the feeding.
-func (c Command) waitFed(p *os.Process, w *os.File) (int, error) {
+func (c Command) waitFed(p *os.Process, w *os.File, sigs <-chan os.Signal) (int, error) {
 	fed := make(chan error, 1)
 	go func() {
 		err := c.Feed(w)
@@ -90,7 +92,7 @@ func (c Command) waitFed(p *os.Process, w *os.File) (int, error) {
 		}
 		fed <- err
 	}()
-	code, err := wait(p)
+	code, err := wait(p, sigs)
 	w.Close()
 	if ferr := <-fed; ferr != nil && !errors.Is(ferr, syscall.EPIPE) && !errors.Is(ferr, os.ErrClosed) {
 		return code, ferr
@@ -116,11 +118,13 @@ func (c Command) start(ns *Namespaces, stdin *os.File) (*os.Process, error) {
 // RunHere runs a program where this one is, with its whole argument list, and
 // returns its exit status as Run does.
 func RunHere(path string, args []string) (int, error) {
+	sigs := catch()
+	defer signal.Stop(sigs)
 	cmd := command(path, args)
 	if err := cmd.Start(); err != nil {
 		return 0, err
 	}
-	return wait(cmd.Process)
+	return wait(cmd.Process, sigs)
 }
 
 func command(path string, args []string) *exec.Cmd {
@@ -134,17 +138,23 @@ func or(a, b string) string {
 	return b
 }
 
+// catch takes the signals that a command is to get. It is called before the
+// command starts: one that came in between would end this process alone, and
+// leave the command without anybody who waits for it.
+func catch() chan os.Signal {
+	sigs := make(chan os.Signal, 8)
+	signal.Notify(sigs, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP,
+		syscall.SIGUSR2)
+	return sigs
+}
+
 // wait passes signals on and returns the exit status. A terminal sends its
 // signals to the whole foreground group, the child with it, so those are only
 // passed on when they cannot have come from there. SIGTSTP is left alone: it
 // stops parent and child.
-func wait(p *os.Process) (int, error) {
-	sigs := make(chan os.Signal, 8)
-	signal.Notify(sigs, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGTERM, syscall.SIGHUP,
-		syscall.SIGUSR2)
+func wait(p *os.Process, sigs <-chan os.Signal) (int, error) {
 	done := make(chan struct{})
 	defer close(done)
-	defer signal.Stop(sigs)
 	go func() {
 		for {
 			select {

@@ -1,8 +1,10 @@
 package userns
 
 import (
+	"bufio"
 	"bytes"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -43,20 +45,16 @@ func actAs(act string, args []string) int {
 	return code
 }
 
-// inside runs a shell command and reports who and where it is.
+// inside reports who and where it is and becomes a shell command.
 func inside(args []string) int {
 	ns, _ := os.Readlink("/proc/self/ns/mnt")
 	fmt.Println("uid", os.Getuid(), "gid", os.Getgid(), "ns", ns, "inside", Inside())
 	if len(args) < 3 {
 		return 0
 	}
-	cmd := exec.Command("/bin/sh", "-c", args[2])
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	if err := cmd.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return cmd.ProcessState.ExitCode()
-	}
-	return 0
+	err := syscall.Exec("/bin/sh", []string{"/bin/sh", "-c", args[2]}, os.Environ())
+	fmt.Fprintln(os.Stderr, err)
+	return 98
 }
 
 const ordinaryID = 61234
@@ -222,27 +220,39 @@ func TestSignalsReachTheCommand(t *testing.T) {
 	cmd := exec.Command("/proc/self/exe", root, "", "trap 'echo got; exit 5' TERM; echo ready; while :; do sleep 0.05; done")
 	cmd.Dir = "/"
 	cmd.Env = append(os.Environ(), envAct+"=once")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: ordinaryID, Gid: ordinaryID}}
-	r, err := cmd.StdoutPipe()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Credential: &syscall.Credential{Uid: ordinaryID, Gid: ordinaryID}}
+	r, w, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
+	defer r.Close()
+	cmd.Stdout = w
+	err = cmd.Start()
+	w.Close()
+	if err != nil {
 		t.Fatal(err)
 	}
-	var seen []byte
-	for buf := make([]byte, 100); !bytes.Contains(seen, []byte("ready")); {
-		n, err := r.Read(buf)
-		if err != nil {
+	// The group: a command that the signal missed would stay.
+	defer func() { _ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }()
+	if err := r.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	out := bufio.NewReader(r)
+	for line := ""; line != "ready\n"; {
+		if line, err = out.ReadString('\n'); err != nil {
 			t.Fatal(err)
 		}
-		seen = append(seen, buf[:n]...)
 	}
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Wait(); err == nil {
-		t.Error("the signal did not end the command")
+	rest, err := io.ReadAll(out)
+	if err != nil || string(rest) != "got\n" {
+		t.Errorf("after the signal the command said %q (%v), want got and its end", rest, err)
+	}
+	_ = cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != 5 {
+		t.Errorf("exit status %d, want the command's 5", code)
 	}
 }
 
