@@ -337,6 +337,9 @@ func (f *File) CopyRange(off int64, src *File, srcOff, size int64) (int64, error
 	if err != nil {
 		return 0, err
 	}
+	if err := f.fs.unguarded(f.node, isImmutable); err != nil {
+		return 0, err
+	}
 	const most = 1 << 30 // what a 32-bit size holds, and a call that can be waited for
 	n, err := sys.CopyRangeBare(to.fd, off, from.fd, srcOff, int(min(size, most)))
 	return int64(n), err

@@ -19,7 +19,7 @@ const (
 var guardCases = map[string]func(*Kit){
 	"an immutable file": func(k *Kit) {
 		k.guards()
-		k.union(file("f", "content"))
+		k.union(file("f", "content"), file("g", "from"))
 		w := k.open("f", unix.O_RDWR)
 		k.guard("f", immutable)
 		k.fixedFile("f")
@@ -27,6 +27,8 @@ var guardCases = map[string]func(*Kit){
 		k.ok(err)
 		k.ok(w.Truncate(7))
 		k.is(unix.EPERM, unix.Fallocate(fd(w), 0, 0, 100))
+		_, err = unix.CopyFileRange(fd(k.open("g", unix.O_RDONLY)), nil, fd(w), nil, 2, 0)
+		k.is(unix.EPERM, err)
 		k.byOther(func() { k.fixedFile("f") })
 		k.guard("f", 0)
 		k.noXattr(k.u("f"), k.ov("protattr"))

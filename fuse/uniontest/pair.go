@@ -115,7 +115,20 @@ func (p *pair) lost(o treegen.Op, kernel, other string) bool {
 
 // avoided reports whether an operation would meet a named difference.
 func (p *pair) avoided(o treegen.Op) bool {
-	return p.setIDWrite(o) || p.failedRename(o) || p.longRedirect(o)
+	return p.setIDWrite(o) || p.failedRename(o) || p.longRedirect(o) || p.missingACL(o)
+}
+
+// missingACL reports whether an ACL would be taken away from a directory that may be
+// in the upper of one side alone, as the name of an indexed file comes there at once
+// or later. Where a directory has no ACL overlayfs says so only of one that is in no
+// upper.
+func (p *pair) missingACL(o treegen.Op) bool {
+	s := p.sides[0]
+	if o.Verb != treegen.Rmxattr || !strings.HasPrefix(o.Attr, "system.posix_acl_") || !s.noLinks {
+		return false
+	}
+	st, err := s.stat(o.Path)
+	return err == nil && st.IsDir()
 }
 
 // longRedirect reports whether a metacopy file of several names would be moved or
