@@ -1,6 +1,7 @@
 package uniontest
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -118,17 +119,25 @@ func (p *pair) avoided(o treegen.Op) bool {
 	return p.setIDWrite(o) || p.failedRename(o) || p.longRedirect(o) || p.missingACL(o)
 }
 
-// missingACL reports whether an ACL would be taken away from a directory that may be
-// in the upper of one side alone, as the name of an indexed file comes there at once
-// or later. Where a directory has no ACL overlayfs says so only of one that is in no
-// upper.
+// missingACL reports whether an ACL would be taken away that a directory does not
+// have, where it may be in the upper of one side alone, as the name of an indexed
+// file comes there at once or later: overlayfs says ENODATA only of one in no upper.
 func (p *pair) missingACL(o treegen.Op) bool {
 	s := p.sides[0]
 	if o.Verb != treegen.Rmxattr || !strings.HasPrefix(o.Attr, "system.posix_acl_") || !s.noLinks {
 		return false
 	}
-	st, err := s.stat(o.Path)
-	return err == nil && st.IsDir()
+	d, name, err := s.at(o.Path)
+	if err != nil {
+		return false
+	}
+	defer d.Close()
+	st, err := d.Stat(name)
+	if err != nil || !st.IsDir() {
+		return false
+	}
+	_, err = d.Getxattr(name, o.Attr)
+	return errors.Is(err, unix.ENODATA)
 }
 
 // longRedirect reports whether a metacopy file of several names would be moved or

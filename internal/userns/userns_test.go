@@ -128,8 +128,9 @@ func TestOrdinaryUserBecomesRootInside(t *testing.T) {
 	}
 }
 
-func TestSubordinateIDsAreMapped(t *testing.T) {
-	root := userRoot(t)
+// subordinateIDs gives the ordinary user ranges of ids.
+func subordinateIDs(t *testing.T) {
+	t.Helper()
 	if _, err := exec.LookPath("newuidmap"); err != nil {
 		testenv.Skip(t, "newuidmap is not installed")
 	}
@@ -137,6 +138,11 @@ func TestSubordinateIDsAreMapped(t *testing.T) {
 	overlayFile(t, "/etc/group", fmt.Sprintf("layertest:x:%d:\n", ordinaryID))
 	overlayFile(t, "/etc/subuid", "layertest:700000:65536\n")
 	overlayFile(t, "/etc/subgid", "layertest:800000:65536\n")
+}
+
+func TestSubordinateIDsAreMapped(t *testing.T) {
+	root := userRoot(t)
+	subordinateIDs(t)
 	out, code := asUser(t, "once", root, "", "cd "+root+" && touch f && chown 33:44 f && stat -c %u:%g f")
 	if code != 0 || !strings.Contains(out, "33:44") {
 		t.Fatalf("status %d:\n%s", code, out)
@@ -253,6 +259,26 @@ func TestSignalsReachTheCommand(t *testing.T) {
 	_ = cmd.Wait()
 	if code := cmd.ProcessState.ExitCode(); code != 5 {
 		t.Errorf("exit status %d, want the command's 5", code)
+	}
+}
+
+func TestASignalWhileTheCommandStartsReachesIt(t *testing.T) {
+	root := userRoot(t)
+	subordinateIDs(t)
+	mapper, err := exec.LookPath("newuidmap")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Who maps the ids runs between the command's clone and its program.
+	bin := userRoot(t)
+	script := "#!/bin/sh\nkill -TERM $PPID\nexec " + mapper + " \"$@\"\n"
+	if err := os.WriteFile(filepath.Join(bin, "newuidmap"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	out, code := asUser(t, "once", root, "", "exec sleep 60")
+	if want := 128 + int(syscall.SIGTERM); code != want {
+		t.Errorf("exit status %d, want %d, the command's end:\n%s", code, want, out)
 	}
 }
 
